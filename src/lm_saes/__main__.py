@@ -1,0 +1,5 @@
+"""`python -m lm_saes` is `lm-saes`."""
+
+from lm_saes.cli import main
+
+main()

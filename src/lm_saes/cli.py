@@ -1,0 +1,212 @@
+"""The command `lm-saes`. Importing this module must stay fast: what is heavy loads when a command runs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from lm_saes.errors import LMSaesError
+
+app = typer.Typer(
+    name="lm-saes",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The settings: a .toml, .yaml or .json file.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="a.b=VALUE",
+        help="Change one setting of the file; may be repeated. VALUE is JSON, or else taken as text; "
+        "a number in the path is a position in a list.",
+    ),
+]
+
+
+class Command(StrEnum):
+    train = "train"
+    generate = "generate"
+    evaluate = "evaluate"
+
+
+_SETTINGS_OF = {
+    Command.train: "TrainSAESettings",
+    Command.generate: "GenerateActivationsSettings",
+    Command.evaluate: "EvaluateSAESettings",
+}
+
+
+@app.callback(invoke_without_command=True)
+def lm_saes(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True)] = False,
+) -> None:
+    """Train sparse autoencoders on the activations of language models.
+
+    A run is described by one CONFIG file (TOML, YAML or JSON), which says which model, which text, which
+    dictionary and how to train it. See every setting with: lm-saes settings
+
+    \b
+    Examples:
+      lm-saes train examples/quickstart.toml
+      lm-saes train run.toml --set trainer.lr=2e-4 --set sae.top_k=64
+      lm-saes train run.toml --resume
+      lm-saes evaluate evaluate.toml
+    """
+    if version:
+        from lm_saes import __version__
+
+        typer.echo(f"lm-saes {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Set = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run's directory.")
+    ] = False,
+) -> None:
+    """Train a dictionary, evaluate it and write a report.
+
+    The trained dictionary, its metrics, checkpoints and report.html go to trainer.exp_result_path.
+
+    \b
+    Examples:
+      lm-saes train run.toml
+      lm-saes train run.toml --set trainer.total_training_tokens=1e8 --set seed=1
+      lm-saes train run.toml --resume
+    """
+    with _mistakes_in_one_line():
+        data = _read(config, overrides)
+        from lm_saes import runners
+
+        typer.echo(f"report: {runners.train_from_config(data, resume=resume)}")
+
+
+@app.command()
+def generate(config: Config, overrides: Set = None) -> None:
+    """Run the model over text once and keep its activations on disk.
+
+    Training can then pass over them several times: name the directory as a source of type "activations".
+
+    \b
+    Example:
+      lm-saes generate generate.toml
+    """
+    with _mistakes_in_one_line():
+        data = _read(config, overrides)
+        from lm_saes import runners
+
+        typer.echo(f"activations: {runners.generate_from_config(data)}")
+
+
+@app.command()
+def evaluate(config: Config, overrides: Set = None) -> None:
+    """Measure a trained dictionary on held-out text.
+
+    Prints the results as JSON.
+
+    \b
+    Example:
+      lm-saes evaluate evaluate.toml > results.json
+    """
+    with _mistakes_in_one_line():
+        data = _read(config, overrides)
+        import json
+
+        from lm_saes import runners
+
+        typer.echo(json.dumps(runners.evaluate_from_config(data), indent=2))
+
+
+@app.command()
+def settings(
+    command: Annotated[
+        Command, typer.Argument(metavar="COMMAND", help="The command whose settings to print.")
+    ] = Command.train,
+) -> None:
+    """Print every setting with its type, default and meaning.
+
+    \b
+    Examples:
+      lm-saes settings
+      lm-saes settings evaluate
+      lm-saes settings train | grep -A2 trainer.lr
+    """
+    with _mistakes_in_one_line():
+        import shutil
+        import textwrap
+
+        from lm_saes import runners
+        from lm_saes.config import known_settings
+
+        width = min(shutil.get_terminal_size().columns, 120)
+        for path, kind, default, description in known_settings(getattr(runners, _SETTINGS_OF[command])):
+            typer.echo(f"{path}: {kind}" + (" (required)" if default == "required" else f" = {default}"))
+            if description:
+                typer.echo(textwrap.fill(description, width, initial_indent="    ", subsequent_indent="    "))
+
+
+def main() -> None:
+    """Run the command and end the process: 0 done, 1 a bug (with traceback), 2 a user's mistake, 130 interrupted."""
+    logging.basicConfig(format="lm-saes: %(message)s", handlers=[_Stderr()])
+    logging.getLogger("lm_saes").setLevel(logging.INFO)
+    try:
+        code = app(prog_name="lm-saes", standalone_mode=False)
+    except typer.TyperException as error:
+        _fail(f"{error.format_message().replace('Value error, ', '')} (see lm-saes --help)", error.exit_code)
+    sys.exit(code)
+
+
+class _Stderr(logging.Handler):
+    """Writes to what `sys.stderr` is at the time, so that lines appear above a live progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+def _read(config: Path, overrides: list[str] | None) -> dict[str, Any]:
+    from lm_saes.config import apply_overrides, read_document
+
+    return apply_overrides(read_document(config), overrides or [])
+
+
+@contextmanager
+def _mistakes_in_one_line() -> Iterator[None]:
+    """Turn what the user can put right into one line and exit code 2; all else is a bug and keeps its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except LMSaesError as error:
+        _fail(str(error), 2)
+    except (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
+    except ValueError as error:
+        from pydantic import ValidationError
+
+        from lm_saes.config import describe
+
+        if not isinstance(error, ValidationError):
+            raise
+        _fail(describe(error), 2)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"lm-saes: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,314 @@
+"""Configs are values: strict pydantic models that touch no disk, read from TOML, YAML or JSON, saved as JSON."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+import types
+import typing
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast
+
+import torch
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
+)
+
+from lm_saes.errors import ConfigError
+
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
+LENIENT = {"lenient": True}
+"""Validation context for files written earlier, perhaps by other versions: what has no effect only warns."""
+
+
+def parse_dtype(value: Any) -> Any:
+    """Turn `"float32"`, `"torch.bfloat16"` or `"bf16"` into the `torch.dtype`; anything else passes through."""
+    if not isinstance(value, str):
+        return value
+    name = value.removeprefix("torch.")
+    return _check_dtype(getattr(torch, _SHORT_DTYPES.get(name, name), None), value)
+
+
+def _check_dtype(dtype: Any, value: Any) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{value!r} is not a floating-point dtype; use one of float32, bfloat16, float16, float64")
+    return dtype
+
+
+DType = Annotated[
+    torch.dtype,
+    BeforeValidator(lambda value: _check_dtype(parse_dtype(value), value)),
+    PlainSerializer(lambda dtype: str(dtype).removeprefix("torch."), return_type=str),
+    WithJsonSchema({"type": "string"}),
+]
+"""A `torch.dtype` that may be written as a string and is saved as one."""
+
+
+class BaseConfig(BaseModel):
+    """Strict config: an unknown key is an error that names the nearest known one; no field has two spellings."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        arbitrary_types_allowed=True,
+        validate_assignment=True,
+        validate_default=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            known = list(cls.model_fields)
+            for key in data:
+                if key not in cls.model_fields:
+                    near = difflib.get_close_matches(str(key), known, n=1)
+                    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+                    raise ValueError(f"unknown key {key!r} in {cls.__name__}; {hint}")
+        return data
+
+    def refuse_without_effect(self, fields: Iterable[str], reason: str, info: ValidationInfo | None = None) -> None:
+        """Raise if one of `fields` was set to something other than its default although it cannot have an effect.
+
+        Under the `LENIENT` context (configs read back from files) it warns instead.
+        """
+        for message in self._set_in_vain(fields, reason):
+            if info is not None and info.context and info.context.get("lenient"):
+                warnings.warn(f"{message}; remove it", stacklevel=2)
+            else:
+                raise ValueError(f"{message}; remove it")
+
+    def warn_without_effect(self, fields: Iterable[str], reason: str) -> None:
+        """Warn about fields that are kept only so that old configs still load."""
+        for message in self._set_in_vain(fields, reason):
+            warnings.warn(message, stacklevel=2)
+
+    def _set_in_vain(self, fields: Iterable[str], reason: str) -> Iterator[str]:
+        for name in fields:
+            value = getattr(self, name)
+            default = type(self).model_fields[name].get_default(call_default_factory=True, validated_data={})
+            if name in self.model_fields_set and value != default:
+                yield f"{name}={value!r} has no effect: {reason}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The config as plain JSON values."""
+        return self.model_dump(mode="json")
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def read_document(path: str | Path) -> dict[str, Any]:
+    """Read a TOML, YAML or JSON file into a dictionary.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, of another kind, or not a table at the top.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"config {path}: cannot be read ({reason}); give a TOML, YAML or JSON file") from error
+    try:
+        match path.suffix.lower():
+            case ".toml":
+                data: Any = tomllib.loads(text)
+            case ".json":
+                data = json.loads(text)
+            case ".yaml" | ".yml":
+                import yaml
+
+                data = yaml.safe_load(text)
+            case other:
+                raise ConfigError(f"config {path}: ending {other!r} is not known; use .toml, .yaml or .json")
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"config {path}: not valid {path.suffix[1:].upper()}: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"config {path}: the top level must be a table of settings, not {type(data).__name__}")
+    return cast(dict[str, Any], data)
+
+
+def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Apply `a.b=value` settings to nested tables in place; values are read as JSON, else as strings.
+
+    A number in the path is a list position (`activation_factory.sources.0.path=...`).
+    """
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"--set {override!r}: write it as a.b=value")
+        path, text = path.strip(), text.strip()
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = {"None": None, "True": True, "False": False}.get(text, text)
+        *parents, last = path.split(".")
+        node: Any = data
+        try:
+            for key in parents:
+                node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+            if isinstance(node, list):
+                node[int(last)] = value
+            else:
+                node[last] = value
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"--set {override!r}: there is no setting {path!r} to put it into") from error
+    return data
+
+
+def build(cls: type[C], data: Any, where: str = "") -> C:
+    """Validate `data` as a `cls`; a mistake becomes one `ConfigError` line with the field's path."""
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(where + describe(error, data)) from error
+
+
+def load_config(cls: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
+    """Read `path`, apply `overrides` (`a.b=value`) and validate it as a `cls`."""
+    return build(cls, apply_overrides(read_document(path), overrides), where=f"{path}: ")
+
+
+def describe(error: ValidationError, data: Any = None) -> str:
+    """One line for the first mistake that pydantic found: path, rule, value (and how many more there are).
+
+    `data` is what was validated. With it the path holds the user's own keys only, without pydantic's names of the
+    members of a union, and of a union the member is described that fits furthest.
+    """
+    errors = error.errors(include_url=False)
+    paths = [item["loc"] if data is None else _path_in(data, item["loc"], item["type"]) for item in errors]
+    first, path = errors[0]["loc"], paths[0]
+    union = next((at for at, part in enumerate(first) if path[at : at + 1] != (part,)), None)
+    members = [0] if union is None else [i for i, item in enumerate(errors) if item["loc"][:union] == first[:union]]
+    deepest = max((paths[i] for i in members), key=len)
+    told = [errors[i] for i in members if paths[i] == deepest]
+    message = "; or ".join(dict.fromkeys(map(_sentence, told)))
+    value = told[0].get("input")
+    quiet = told[0]["type"] in _KINDS_THAT_SHOW_THE_VALUE or isinstance(value, (dict, list))
+    shown = "" if quiet else f" (got {_shortened(repr(value))})"
+    others = len({path for i, path in enumerate(paths) if i not in members})
+    more = f"; and {others} more mistake{'s' if others > 1 else ''}" if others else ""
+    return f"{'.'.join(map(str, deepest)) + ': ' if deepest else ''}{message}{shown}{more}"
+
+
+_KINDS_THAT_SHOW_THE_VALUE = {"value_error", "missing", "union_tag_invalid", "union_tag_not_found"}
+
+
+def _path_in(data: Any, loc: tuple[int | str, ...], kind: str) -> tuple[int | str, ...]:
+    """The parts of pydantic's `loc` that are keys or positions in `data`."""
+    path: list[int | str] = []
+    for at, part in enumerate(loc):
+        if (isinstance(data, Mapping) and part in data) or (isinstance(data, list) and part in range(len(data))):
+            data = cast(Any, data)[part]
+            path.append(part)
+        elif kind == "missing" and at == len(loc) - 1:
+            path.append(part)
+    return tuple(path)
+
+
+def _sentence(item: Any) -> str:
+    context = item.get("ctx", {})
+    match item["type"]:
+        case "missing":
+            return "required, but not set"
+        case "union_tag_not_found":
+            return f"{context['discriminator']} is not set; it says of which kind this is"
+        case "union_tag_invalid":
+            key = context["discriminator"].strip("'")
+            return f"{key}={context['tag']!r} is not known; use one of {context['expected_tags']}"
+        case "model_type":
+            return "must be a table of settings"
+        case _:
+            message = " ".join(item["msg"].removeprefix("Value error, ").split())
+            return message.replace("Input should be", "must be", 1)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def known_settings(cls: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """Every setting of a config as (path, type, default, description), nested configs included.
+
+    A position in a list is written 0, a key of a table of configs `<name>`; where several kinds of config may stand
+    in one place, the description says which kind the setting belongs to.
+    """
+    rows: list[tuple[str, str, str, str]] = []
+    for name, field in cls.model_fields.items():
+        default = "required"
+        if not field.is_required():
+            default = _default_text(field.get_default(call_default_factory=True, validated_data={}))
+        rows.append((prefix + name, _type_name(field.annotation), default, " ".join((field.description or "").split())))
+        nested = _configs_in(field.annotation)
+        for place, config in nested:
+            for path, kind, value, text in known_settings(config, f"{prefix}{name}{place}."):
+                rows.append((path, kind, value, f"[{_kind(config)}] {text}".rstrip() if len(nested) > 1 else text))
+    return rows
+
+
+def _configs_in(annotation: Any, place: str = "") -> list[tuple[str, type[BaseModel]]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return [(place, annotation)] if issubclass(annotation, BaseModel) else []
+    match typing.get_origin(annotation):
+        case origin if origin in (list, tuple, Sequence):
+            place += ".0"
+        case origin if origin in (dict, Mapping):
+            place += ".<name>"
+    return [found for part in typing.get_args(annotation) for found in _configs_in(part, place)]
+
+
+def _kind(config: type[BaseModel]) -> str:
+    """`type='dataset'`, where a field that allows a single value tells the kinds apart; else the class's name."""
+    for name, field in config.model_fields.items():
+        if typing.get_origin(field.annotation) is Literal and len(typing.get_args(field.annotation)) == 1:
+            return f"{name}={typing.get_args(field.annotation)[0]!r}"
+    return config.__name__
+
+
+def _type_name(annotation: Any) -> str:
+    """`float | dict[str, float]`, `'adam' | 'sparseadam'`, `dtype | None`: as one would say it, without modules."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation in (None, types.NoneType):
+        return "None"
+    if origin is Annotated:
+        return _type_name(parts[0])
+    if origin is Literal:
+        return " | ".join(map(repr, parts))
+    if origin in (types.UnionType, typing.Union):
+        return " | ".join(map(_type_name, parts))
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join('...' if part is ... else _type_name(part) for part in parts)}]"
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return " | ".join(repr(member.value) for member in annotation)
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).removeprefix("typing.")
+
+
+def _default_text(value: Any) -> str:
+    match value:
+        case BaseModel():
+            return "its defaults"
+        case Enum():
+            return repr(value.value)
+        case float():
+            return short if "e" in (short := f"{value:g}") and float(short) == value else repr(value)
+        case torch.dtype() | Path():
+            return repr(str(value).removeprefix("torch."))
+        case _:
+            return repr(value)

@@ -1,0 +1,21 @@
+"""The exceptions that a person sees. Each message names the setting, its value, the rule and the remedy, in one line."""
+
+
+class LMSaesError(Exception):
+    """Anything that the user of the package can put right."""
+
+
+class ConfigError(LMSaesError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class DataError(LMSaesError, ValueError):
+    """A batch, a text source or a cached shard that is not what it should be."""
+
+
+class CheckpointError(LMSaesError, RuntimeError):
+    """A checkpoint that is absent, torn, altered, or made by another run."""
+
+
+class TrainingError(LMSaesError, RuntimeError):
+    """A run that cannot go on, such as one whose loss is no longer finite."""
