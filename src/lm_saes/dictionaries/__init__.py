@@ -1,0 +1,1 @@
+"""Dictionary kinds, one file each: settings, mathematics and special initialisers."""

@@ -1,0 +1,342 @@
+"""What every dictionary kind is: normalisation, the record of a pass, the loss, saving and loading.
+
+A kind subclasses `AbstractSparseAutoEncoder`, names its config class and gives the mathematics of section 4 of the
+specification. It never knows about processes: latents elsewhere are met through `self.axis`.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lm_saes.dictionaries.config import BaseSAEConfig
+from lm_saes.dictionaries.files import WEIGHTS, check_fit, load_weights, save_tensors
+from lm_saes.dictionaries.loss_result import LossResult
+from lm_saes.dictionaries.normalization import batch_wise_factor, token_wise_factor
+from lm_saes.dictionaries.record import Record
+from lm_saes.errors import ConfigError, DataError
+from lm_saes.latents.activations import ActivationFunction
+from lm_saes.latents.axis import LatentAxis
+from lm_saes.latents.codes import Code
+from lm_saes.losses.objective import objective
+from lm_saes.losses.settings import LossSettings
+
+logger = logging.getLogger(__name__)
+_NORM_KEY = "dataset_average_activation_norm."
+_OPTIONAL_KEYS = {"activation_function.batch_topk_threshold"}
+
+
+class AbstractSparseAutoEncoder(nn.Module, ABC):
+    """A dictionary of sparse latents for a language model's activations.
+
+    Activations come as a batch: a mapping from hook point to `[batch, d]` or `[batch, seq, d]`, with `tokens` and an
+    optional `mask`. `forward`, `encode`, `decode` and `compute_loss` take normalised activations (see
+    `normalize_activations`); `reconstruct` takes and gives raw ones.
+    """
+
+    kinds: ClassVar[dict[str, type[AbstractSparseAutoEncoder]]] = {}
+    config_class: ClassVar[type[BaseSAEConfig]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "config_class" in vars(cls):
+            AbstractSparseAutoEncoder.kinds[cls.config_class.model_fields["sae_type"].default] = cls
+
+    def __init__(self, cfg: BaseSAEConfig) -> None:
+        super().__init__()
+        self.cfg: BaseSAEConfig = cfg.model_copy()
+        self.axis = LatentAxis()
+        self.activation_function = ActivationFunction.registry[cfg.act_fn](cfg)
+        self.dataset_average_activation_norm: dict[str, float] | None = None
+
+    # -- the mathematics of a kind ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def prepare_input(self, batch: Mapping[str, Any]) -> Tensor:
+        """The input that `encode` takes, from a (normalised) batch."""
+
+    @abstractmethod
+    def prepare_label(self, batch: Mapping[str, Any]) -> Tensor:
+        """What `decode` is to reconstruct, from a (normalised) batch."""
+
+    @abstractmethod
+    def encode_sparse(self, x: Tensor, mask: Tensor | None = None) -> Code:
+        """The latents of `x [..., d]` as a code; only batch-wide selection looks at the mask."""
+
+    @abstractmethod
+    def hidden_pre(self, x: Tensor) -> Tensor:
+        """Dense pre-activations `h`, `[..., F]`."""
+
+    @abstractmethod
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """The (normalised) reconstruction of dense latents `[..., F]`."""
+
+    @abstractmethod
+    def make_record(self, batch: Mapping[str, Any]) -> Record:
+        """One forward pass over a normalised batch."""
+
+    @abstractmethod
+    def pre_activation_loss(self, record: Record) -> Tensor:
+        """The pre-activation penalty `l_p` (JumpReLU only), without its coefficient."""
+
+    @abstractmethod
+    def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:
+        """AuxK over the latents numbered in `dead`, without its coefficient."""
+
+    @abstractmethod
+    def denormalize_activations(self, batch: Mapping[str, Any], reconstruction: Tensor) -> Tensor:
+        """Bring a reconstruction of the (raw) `batch` back to the raw scale."""
+
+    @abstractmethod
+    def standardize_parameters_of_dataset_norm(self) -> None:
+        """Fold the dataset-wise factors into the weights: raw activations in give raw reconstructions out."""
+
+    @abstractmethod
+    def encoder_norm(self, keepdim: bool = False) -> Tensor:
+        """Norm of each latent's encoder direction, `[F]`."""
+
+    @abstractmethod
+    def decoder_norm(self, keepdim: bool = False) -> Tensor:
+        """Norm of each latent's decoder direction, `[F]`; differentiable."""
+
+    @abstractmethod
+    def decoder_bias_norm(self) -> Tensor:
+        """Norm of the decoder bias (0-d; 0 without a bias)."""
+
+    @abstractmethod
+    def set_decoder_to_fixed_norm(self, value: float, force_exact: bool) -> None:
+        """Bring decoder norms to `value`: all of them, or only those above it."""
+
+    @abstractmethod
+    def set_encoder_to_fixed_norm(self, value: float) -> None:
+        """Bring encoder norms to `value`."""
+
+    @abstractmethod
+    def transform_to_unit_decoder_norm(self) -> None:
+        """Bring decoder norms to 1 without changing what the dictionary computes."""
+
+    @abstractmethod
+    def init_parameters(self, *, encoder_uniform_bound: float, decoder_uniform_bound: float,
+                        init_log_jumprelu_threshold_value: float | None = None) -> None:  # fmt: skip
+        """Draw fresh weights; biases are 0."""
+
+    def init_encoder_with_decoder_transpose(self, factor: float = 1.0) -> None:
+        """`W_E = factor x W_D^T`."""
+        raise NotImplementedError(f"{type(self).__name__}: encoder and decoder have no common shape to tie")
+
+    def init_decoder_bias_with_geometric_median(self, batch: Mapping[str, Any]) -> None:
+        """Set the decoder bias to the geometric median of the (normalised) labels."""
+        raise NotImplementedError(f"{type(self).__name__}: has no one decoder bias")
+
+    def init_encoder_bias_with_mean_hidden_pre(self, batch: Mapping[str, Any]) -> None:
+        """Set the encoder bias to minus the mean pre-activation of a (normalised) batch."""
+        raise NotImplementedError(f"{type(self).__name__}: has no encoder bias")
+
+    def init_W_D_with_active_subspace(self, batch: Mapping[str, Any], d_active_subspace: int) -> None:
+        """Put decoder rows into the directions of most variance of the (normalised) labels."""
+        raise NotImplementedError(f"{type(self).__name__}: has no one decoder matrix")
+
+    @abstractmethod
+    def dim_maps(self) -> dict[str, dict[str, int]]:
+        """Which dimension of each parameter is cut along which mesh axis."""
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    def encode(self, x: Tensor, return_hidden_pre: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Dense latents `[..., F]` of normalised activations (and the dense pre-activations `h`)."""
+        latents = self.encode_sparse(x).dense().view(*x.shape[:-1], -1)
+        return (latents, self.hidden_pre(x)) if return_hidden_pre else latents
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruct normalised activations: normalised in, normalised out."""
+        return self.decode(self.encode(x))  # type: ignore[arg-type]
+
+    def record(self, batch: Mapping[str, Any]) -> Record:
+        """One forward pass over raw activations."""
+        return self.make_record(self.normalize_activations(batch))
+
+    def reconstruct(self, batch: Mapping[str, Any]) -> Tensor:
+        """Raw activations in, raw reconstruction out (shaped like the label)."""
+        flat = self.record(batch).reconstruction
+        return self.denormalize_activations(batch, flat.view(self.prepare_label(batch).shape))
+
+    def compute_loss(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        sparsity_loss_type: str | None = None,
+        tanh_stretch_coefficient: float = 4.0,
+        frequency_scale: float = 0.01,
+        p: float = 1,
+        l1_coefficient: float = 1.0,
+        lp_coefficient: float = 0.0,
+        auxk_coefficient: float = 0.0,
+        k_aux: int = 512,
+        update_dead_statistics: Callable[[Tensor, Tensor | None, tuple[str, ...]], Tensor] | None = None,
+        return_aux_data: bool = True,
+        is_dead: Tensor | None = None,
+    ) -> Tensor | LossResult:
+        """The loss of a normalised batch: the sum of `l_rec`, `l_s`, `l_p` and `l_aux`, each times its coefficient.
+
+        Args:
+            update_dead_statistics: called with the dense latents, the mask and the names of their dimensions; says
+                which latents are dead (for AuxK), unless `is_dead` is given.
+            return_aux_data: True: a mapping with the terms and what they were made from; False: the loss alone.
+            is_dead: bool `[F]`, the latents that AuxK revives.
+        """
+        settings = LossSettings(sparsity_loss_type, tanh_stretch_coefficient, frequency_scale, p,
+                                l1_coefficient, lp_coefficient, auxk_coefficient, k_aux)  # fmt: skip
+        record = self.make_record(batch)
+        result = LossResult(self, batch, record, settings)
+        if update_dead_statistics is not None:
+            with torch.no_grad():
+                specs = ("batch", "context", "sae") if batch["tokens"].ndim == 2 else ("batch", "sae")
+                updated = update_dead_statistics(result["feature_acts"].detach(), batch.get("mask"), specs)
+            is_dead = updated if is_dead is None else is_dead
+        result.terms.update(objective(self, record, settings, is_dead))
+        return result if return_aux_data else result["loss"]
+
+    def selection_scale(self, norm: Tensor) -> Tensor | None:
+        """What selection multiplies `h` by: the decoder norms with gating, else None (no gradient either way)."""
+        return norm.detach() if self.cfg.sparsity_include_decoder_norm else None
+
+    # -- normalisation ---------------------------------------------------------------------------------------------
+
+    def compute_norm_factor(self, x: Tensor, hook_point: str, mask: Tensor | None = None) -> Tensor:
+        """The factor that `norm_activation` scales `x` by (0-d, or `[..., 1]` if token-wise)."""
+        match self.cfg.norm_activation:
+            case "token-wise":
+                return token_wise_factor(x)
+            case "batch-wise":
+                return batch_wise_factor(x, mask)
+            case "inference":
+                return x.new_ones(())
+        norms = self.dataset_average_activation_norm
+        if norms is None or hook_point not in norms:
+            raise ConfigError(
+                f"norm_activation='dataset-wise': no average norm is known for {hook_point!r}; "
+                "call set_dataset_average_activation_norm, or let the Initializer measure it"
+            )
+        return x.new_tensor(self.cfg.d_model**0.5 / norms[hook_point])
+
+    def normalize_activations(
+        self, batch: Mapping[str, Any], return_scale_factor: bool = False
+    ) -> dict[str, Any] | tuple[dict[str, Any], dict[str, Tensor]]:
+        """The batch with every hook point of this dictionary that it holds scaled and in the parameters' type."""
+        scaled, factors = dict(batch), dict[str, Tensor]()
+        for hook in self.cfg.associated_hook_points:
+            if hook in batch:
+                x = batch[hook].to(self.cfg.dtype)
+                factors[hook] = self.compute_norm_factor(x, hook, batch.get("mask"))
+                scaled[hook] = x if self.cfg.norm_activation == "inference" else x * factors[hook]
+        return (scaled, factors) if return_scale_factor else scaled
+
+    def set_dataset_average_activation_norm(self, norms: Mapping[str, float]) -> None:
+        """Set the mean norm of each hook point's raw activations."""
+        missing = [hook for hook in self.cfg.associated_hook_points if not float(norms.get(hook, 0)) > 0]
+        if missing:
+            raise DataError(f"activation norms {dict(norms)}: hook point {missing[0]!r} has no positive average norm")
+        self.dataset_average_activation_norm = {hook: float(norms[hook]) for hook in self.cfg.associated_hook_points}
+
+    # -- parameters, saving, loading -------------------------------------------------------------------------------
+
+    def set_current_k(self, current_k: int) -> None:
+        """Set the k that the top-k family uses now."""
+        if not hasattr(self.activation_function, "k"):
+            raise ConfigError(f"act_fn={self.cfg.act_fn!r} has no k to set")
+        self.activation_function.k = current_k
+
+    @property
+    def current_k(self) -> int | None:
+        """The k that the top-k family uses now; None for other activation functions."""
+        return getattr(self.activation_function, "k", None)
+
+    def get_parameters(self) -> list[dict[str, Any]]:
+        """Parameter groups: `"others"` and, if there are learnt thresholds, `"jumprelu"`."""
+        named = dict(self.named_parameters())
+        thresholds = [p for name, p in named.items() if name.endswith("log_jumprelu_threshold")]
+        others = [p for name, p in named.items() if not name.endswith("log_jumprelu_threshold")]
+        groups = [{"params": others, "name": "others"}]
+        return [*groups, {"params": thresholds, "name": "jumprelu"}] if thresholds else groups
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Every tensor that defines this dictionary, under its name in files."""
+        norms = self.dataset_average_activation_norm or {}
+        extra = {_NORM_KEY + hook: torch.tensor(norm, dtype=torch.float64) for hook, norm in norms.items()}
+        return {**self.state_dict(), **extra}
+
+    def load_full_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
+        """Load what `full_state_dict` gave.
+
+        Raises:
+            CheckpointError: with `strict`, names are missing or unexpected; in any case, if shapes differ.
+        """
+        norms = {name.removeprefix(_NORM_KEY): float(t) for name, t in state.items() if name.startswith(_NORM_KEY)}
+        rest = {name: t for name, t in state.items() if not name.startswith(_NORM_KEY)}
+        check_fit(self.state_dict(), rest, strict, optional=_OPTIONAL_KEYS)
+        self.load_state_dict(rest, strict=False)
+        if norms:
+            self.dataset_average_activation_norm = norms
+
+    def save_checkpoint(self, path: str | Path) -> None:
+        """Write the weights to one safetensors file."""
+        save_tensors(self.full_state_dict(), path)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `sae_weights.safetensors` and `config.json`, as trained (nothing folded)."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        self.save_checkpoint(Path(directory, WEIGHTS))
+        self.cfg.save_hyperparameters(directory)
+
+    @classmethod
+    def from_config(cls, cfg: BaseSAEConfig, device_mesh: Any = None) -> Self:
+        """A dictionary of the config's kind, weights not yet drawn."""
+        if device_mesh is not None:
+            raise ConfigError("device_mesh: training over several processes is not available yet; leave it out")
+        cfg.kind(cfg.sae_type)
+        dictionary = cls.kinds[cfg.sae_type](cfg)
+        if not isinstance(dictionary, cls):
+            raise ConfigError(f"sae_type={cfg.sae_type!r} is not a {cls.__name__}; use AbstractSparseAutoEncoder")
+        return dictionary.to(cfg.device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device_mesh: Any = None,
+        fold_activation_scale: bool = True,
+        strict_loading: bool = True,
+        **overrides: Any,
+    ) -> Self:
+        """Load a dictionary from a directory, for use: in evaluation mode, dataset-wise factors folded in.
+
+        Args:
+            fold_activation_scale: False keeps the dictionary as it was trained.
+            strict_loading: whether missing and unexpected tensors are errors.
+            overrides: config fields to change (`device="cuda"`).
+
+        Raises:
+            CheckpointError: files are missing or do not fit together.
+        """
+        dictionary = cls.from_config(BaseSAEConfig.from_pretrained(path, **overrides), device_mesh)
+        dictionary.load_full_state_dict(load_weights(path), strict=strict_loading)
+        if fold_activation_scale:
+            if dictionary.cfg.norm_activation == "dataset-wise":
+                dictionary.standardize_parameters_of_dataset_norm()
+            elif dictionary.cfg.norm_activation != "inference":
+                logger.info(
+                    "norm_activation=%r cannot be folded; activations are scaled at use", dictionary.cfg.norm_activation
+                )
+        return dictionary.eval()
+
+    @classmethod
+    def from_local(cls, path: str | Path, **options: Any) -> Self:
+        """The same as `from_pretrained`, for a local directory."""
+        return cls.from_pretrained(path, **options)

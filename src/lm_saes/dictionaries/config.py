@@ -1,0 +1,126 @@
+"""The settings that every dictionary kind shares; a kind adds its own fields and its `sae_type`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, ValidationInfo, model_validator
+
+from lm_saes.config import LENIENT, BaseConfig, DType
+from lm_saes.errors import CheckpointError, ConfigError
+from lm_saes.latents.activations import ActivationFunction
+
+NormActivation = Literal["token-wise", "batch-wise", "dataset-wise", "inference"]
+
+
+class BaseSAEConfig(BaseConfig):
+    """Settings common to every dictionary kind. Building one touches no disk."""
+
+    registry: ClassVar[dict[str, type[BaseSAEConfig]]] = {}
+    activation_functions: ClassVar[frozenset[str]] = frozenset({"relu", "topk", "batchtopk", "jumprelu"})
+    """The built-in activation functions that this kind admits (others may be registered)."""
+    restricted_activations: ClassVar[frozenset[str]] = frozenset({"layertopk", "batchlayertopk"})
+
+    sae_type: str
+    """Kind of dictionary: `sae`, `clt`, `molt`, `lorsa` or `crosscoder`."""
+    d_model: int = Field(gt=0)
+    """Width of the activations that the dictionary reads and writes."""
+    expansion_factor: float = Field(gt=0)
+    """Number of latents per dimension: `d_sae = int(d_model * expansion_factor)`."""
+    use_decoder_bias: bool = True
+    """Whether the decoder adds a learnt bias."""
+    act_fn: str = "relu"
+    """Activation function: `relu`, `jumprelu`, `topk` or `batchtopk` (CLT and crosscoder also `layertopk`, `batchlayertopk`)."""
+    norm_activation: NormActivation = "dataset-wise"
+    """How activations are scaled to an average norm of sqrt(d_model): per token, per batch, by one measured factor, or not at all."""
+    sparsity_include_decoder_norm: bool = True
+    """Gating: select latents, and weigh them in sparsity losses, by activation times decoder norm."""
+    top_k: int = Field(50, gt=0)
+    """Active latents per token for the top-k family (on average, for the batch-wide ones)."""
+    jumprelu_threshold_window: float = Field(2.0, gt=0)
+    """Width of the window around a JumpReLU threshold in which entries move it."""
+    use_triton_kernel: bool = False
+    """Kept for old configs; the sparse path is chosen automatically."""
+    sparsity_threshold_for_triton_spmm_kernel: float = 0.996
+    """Kept for old configs; the sparse path is chosen automatically."""
+    device: str = Field("cpu", exclude=True)
+    """Where the parameters are made (not saved)."""
+    dtype: DType = torch.float32
+    """Type of the parameters; thresholds are always float32."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        kind = cls.model_fields["sae_type"].default
+        if isinstance(kind, str):
+            BaseSAEConfig.registry[kind] = cls
+
+    @model_validator(mode="after")
+    def _check_activation(self, info: ValidationInfo) -> BaseSAEConfig:
+        function = ActivationFunction.registry.get(self.act_fn)
+        if function is None or (self.act_fn in self.restricted_activations - self.activation_functions):
+            allowed = sorted(
+                set(ActivationFunction.registry) - (self.restricted_activations - self.activation_functions)
+            )
+            raise ValueError(
+                f"act_fn={self.act_fn!r} is not an activation function here; use one of {', '.join(allowed)}"
+            )
+        every = frozenset().union(*(f.config_fields for f in ActivationFunction.registry.values()))
+        self.refuse_without_effect(
+            sorted(every - function.config_fields), f"act_fn={self.act_fn!r} does not read it", info
+        )
+        old = ("use_triton_kernel", "sparsity_threshold_for_triton_spmm_kernel")
+        self.warn_without_effect(old, "the sparse path is chosen automatically")
+        if "top_k" in function.config_fields and self.top_k > self.d_sae:
+            raise ValueError(f"act_fn={self.act_fn!r}: top_k={self.top_k} exceeds the {self.d_sae} latents available")
+        if self.d_sae < 1:
+            raise ValueError(
+                f"expansion_factor={self.expansion_factor}: gives no latents at d_model={self.d_model}; raise it"
+            )
+        return self
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return int(self.d_model * self.expansion_factor)
+
+    @property
+    @abstractmethod
+    def associated_hook_points(self) -> list[str]:
+        """Every hook point that the dictionary reads or writes, without repetition."""
+
+    def save_hyperparameters(self, directory: str | Path) -> None:
+        """Write `config.json` into `directory`."""
+        Path(directory, "config.json").write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def kind(cls, sae_type: Any) -> type[BaseSAEConfig]:
+        """The config class of a kind; raises `ConfigError` with the known kinds."""
+        import lm_saes.dictionaries as kinds
+
+        for module in pkgutil.iter_modules(kinds.__path__):
+            importlib.import_module(f"{kinds.__name__}.{module.name}")
+        if sae_type not in cls.registry:
+            raise ConfigError(
+                f"sae.sae_type={sae_type!r}: not a dictionary kind; use one of {', '.join(sorted(cls.registry))}"
+            )
+        return cls.registry[sae_type]
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **overrides: Any) -> BaseSAEConfig:
+        """Read `config.json` from a directory; the subclass follows from `sae_type`.
+
+        Raises:
+            CheckpointError: there is no readable `config.json`.
+        """
+        file = Path(path, "config.json")
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file}: cannot be read as a dictionary's config ({error})") from error
+        return cls.kind(data.get("sae_type")).model_validate(data | overrides, context=LENIENT)

@@ -1,0 +1,76 @@
+"""Dictionary files: `sae_weights.safetensors` and `config.json`; old weights in `.pt` are read as tensors only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lm_saes.errors import CheckpointError
+from lm_saes.files import drafted
+
+WEIGHTS = "sae_weights.safetensors"
+
+
+def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to one safetensors file, whole or not at all."""
+    with drafted(path) as draft:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, draft, metadata)
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        CheckpointError: it is missing, torn, or not safetensors.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
+
+
+def load_weights(directory: str | Path) -> dict[str, Tensor]:
+    """The weights in a dictionary's directory: `sae_weights.safetensors`, else `sae_weights.pt` (tensors only).
+
+    Raises:
+        CheckpointError: there are none, or they cannot be read.
+    """
+    directory = Path(directory)
+    if directory.is_file():
+        return load_tensors(directory)
+    if (directory / WEIGHTS).exists():
+        return load_tensors(directory / WEIGHTS)
+    old = directory / "sae_weights.pt"
+    if not old.exists():
+        raise CheckpointError(f"{directory}: holds no {WEIGHTS}; give the directory that save_pretrained wrote")
+    try:
+        loaded: Any = torch.load(old, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{old}: cannot be read as plain tensors ({' '.join(str(error).split())[:200]})"
+        ) from error
+    loaded = loaded.get("sae", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+        raise CheckpointError(f"{old}: does not hold named tensors")
+    return loaded
+
+
+def check_fit(own: Mapping[str, Tensor], given: Mapping[str, Tensor], strict: bool, optional: Set[str]) -> None:
+    """Raise `CheckpointError` unless `given` tensors have the shapes, and with `strict` the names, of one's `own`."""
+    for name in sorted(set(own) & set(given)):
+        if given[name].shape != own[name].shape:
+            raise CheckpointError(
+                f"weights: {name} has shape {tuple(given[name].shape)}, wanted {tuple(own[name].shape)}; "
+                "does config.json belong to these weights?"
+            )
+    missing, unexpected = sorted(set(own) - set(given) - optional), sorted(set(given) - set(own))
+    if strict and (missing or unexpected):
+        raise CheckpointError(
+            f"weights: missing {missing}, unexpected {unexpected}; pass strict_loading=False to ignore"
+        )

@@ -1,0 +1,65 @@
+"""The record of one forward pass: everything that losses and metrics are functions of.
+
+Letters: N tokens (batch, or batch x seq flattened), G sites (1 for an autoencoder), D width, F latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lm_saes.latents.codes import Code
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One batch as a dictionary saw it. All activations are normalised."""
+
+    input: Tensor
+    """`[G_in, N, D]`."""
+    label: Tensor
+    """What is to be reconstructed: `[G, N, D]`."""
+    code: Code
+    """The latents; rows are (token, code site), token-major: `N * code_sites` rows."""
+    reconstruction: Tensor
+    """`[G, N, D]`."""
+    mask: Tensor | None
+    """Which tokens count, bool `[N]`; None: all."""
+    n_tokens: Tensor
+    """How many tokens count (0-d)."""
+    norm: Tensor
+    """Decoder norms `[code_sites, F]`; differentiable."""
+    code_sites: int = 1
+
+    @cached_property
+    def row_mask(self) -> Tensor | None:
+        """Which rows of the code count, bool `[N * code_sites]`; None: all."""
+        if self.mask is None or self.code_sites == 1:
+            return self.mask
+        return self.mask.repeat_interleave(self.code_sites)
+
+    @cached_property
+    def squared_error(self) -> Tensor:
+        """`||y_hat - y||^2` of each site and token, `[G, N]`; differentiable."""
+        difference = self.reconstruction - self.label
+        return torch.linalg.vecdot(difference, difference)
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """On how many valid rows each latent is active: `[F]`."""
+        return self.code.counts(self.row_mask)
+
+    def token_mean(self, per_token: Tensor) -> Tensor:
+        """Mean over valid tokens (and over sites, if `per_token` is `[G, N]`)."""
+        if self.mask is not None:
+            per_token = per_token * self.mask
+        return per_token.sum() / (self.n_tokens * (per_token.numel() // per_token.shape[-1]))
+
+    def row_mean(self, per_row: Tensor) -> Tensor:
+        """Mean over the valid rows of the code: over tokens and code sites."""
+        if self.row_mask is not None:
+            per_row = per_row * self.row_mask
+        return per_row.sum() / (self.n_tokens * self.code_sites)

@@ -1,0 +1,285 @@
+"""The sparse autoencoder, and the transcoder: the same mathematics reading one hook point and writing another.
+
+    h = x W_E + b_E            (GLU: times sigmoid(x W_E_glu + b_E_glu))
+    f = h where selected, else 0
+    y_hat = f W_D + b_D
+
+Letters: N tokens, D width, F latents. Encoder parameters have shape `[D, F]` but are stored latent-major, so that one
+latent's weights lie together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
+from lm_saes.dictionaries.config import BaseSAEConfig
+from lm_saes.dictionaries.normalization import geometric_median
+from lm_saes.dictionaries.record import Record
+from lm_saes.errors import ConfigError, DataError
+from lm_saes.latents.codes import Code
+from lm_saes.latents.linear import LinearEncoder, encode
+from lm_saes.losses.dead_latents import auxk
+
+
+class SAEConfig(BaseSAEConfig):
+    """A sparse autoencoder, or a transcoder if the two hook points differ."""
+
+    sae_type: Literal["sae"] = "sae"  # type: ignore[assignment]
+    """Kind of dictionary."""
+    hook_point_in: str = Field(min_length=1)
+    """Hook point that is read."""
+    hook_point_out: str = Field(min_length=1)
+    """Hook point that is reconstructed; another than `hook_point_in` makes a transcoder."""
+    use_glu_encoder: bool = False
+    """Multiply each pre-activation by a learnt gate (gated linear unit)."""
+
+    @property
+    def associated_hook_points(self) -> list[str]:
+        """The hook points read and written."""
+        return list(dict.fromkeys([self.hook_point_in, self.hook_point_out]))
+
+
+def _latent_major(d_model: int, d_sae: int, cfg: SAEConfig) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(d_sae, d_model, dtype=cfg.dtype).T)
+
+
+class SparseAutoEncoder(AbstractSparseAutoEncoder):
+    """A sparse autoencoder or transcoder."""
+
+    config_class = SAEConfig
+    cfg: SAEConfig  # type: ignore[assignment]
+
+    def __init__(self, cfg: SAEConfig) -> None:
+        super().__init__(cfg)
+        d_model, d_sae = cfg.d_model, cfg.d_sae
+        self.W_E = _latent_major(d_model, d_sae, cfg)
+        self.b_E = nn.Parameter(torch.zeros(d_sae, dtype=cfg.dtype))
+        if cfg.use_glu_encoder:
+            self.W_E_glu = _latent_major(d_model, d_sae, cfg)
+            self.b_E_glu = nn.Parameter(torch.zeros(d_sae, dtype=cfg.dtype))
+        self.W_D = nn.Parameter(torch.zeros(d_sae, d_model, dtype=cfg.dtype))
+        self.b_D = nn.Parameter(torch.zeros(d_model, dtype=cfg.dtype)) if cfg.use_decoder_bias else None
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    @property
+    def encoder(self) -> LinearEncoder:
+        """The encoder's weights, latent-major."""
+        if self.cfg.use_glu_encoder:
+            return LinearEncoder(self.W_E.T, self.b_E, self.W_E_glu.T, self.b_E_glu)
+        return LinearEncoder(self.W_E.T, self.b_E)
+
+    def _activations(self, batch: Mapping[str, Any], hook_point: str) -> Tensor:
+        if hook_point not in batch:
+            raise DataError(f"batch: hook point {hook_point!r} is missing; it has {sorted(batch)}")
+        x = batch[hook_point]
+        if x.shape[-1] != self.cfg.d_model:
+            raise DataError(f"{hook_point}: shape {tuple(x.shape)}, wanted [..., {self.cfg.d_model}] (d_model)")
+        return x
+
+    def prepare_input(self, batch: Mapping[str, Any]) -> Tensor:
+        return self._activations(batch, self.cfg.hook_point_in)
+
+    def prepare_label(self, batch: Mapping[str, Any]) -> Tensor:
+        if self.cfg.hook_point_out not in batch:  # only reconstructing: a transcoder's label has its input's shape
+            return self.prepare_input(batch)
+        return self._activations(batch, self.cfg.hook_point_out)
+
+    def encode_sparse(self, x: Tensor, mask: Tensor | None = None) -> Code:
+        return self._encode_rows(x.reshape(-1, x.shape[-1]), mask, self.decoder_norm())
+
+    def _encode_rows(self, x_ND: Tensor, mask: Tensor | None, norm_F: Tensor) -> Code:
+        mask_N = None if mask is None else mask.reshape(-1).bool()
+        return encode(
+            self.axis.enter(x_ND), self.encoder, self.activation_function, self.selection_scale(norm_F), mask_N
+        )
+
+    def hidden_pre(self, x: Tensor) -> Tensor:
+        return self.encoder.pre_activations(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+    def _decode_code(self, code: Code) -> Tensor:
+        y_ND = self.axis.leave(code.decode(self.W_D))
+        return y_ND if self.b_D is None else y_ND + self.b_D
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        y = self.axis.leave(feature_acts @ self.W_D)
+        return y if self.b_D is None else y + self.b_D
+
+    def make_record(self, batch: Mapping[str, Any]) -> Record:
+        x_ND = self.prepare_input(batch).reshape(-1, self.cfg.d_model)
+        y_ND = self.prepare_label(batch).reshape(-1, self.cfg.d_model)
+        mask = batch.get("mask")
+        mask_N = None if mask is None else mask.reshape(-1).bool()
+        norm_F = self.decoder_norm()
+        code = self._encode_rows(x_ND, mask_N, norm_F)
+        n_tokens = x_ND.new_tensor(len(x_ND)) if mask_N is None else mask_N.sum().to(x_ND.dtype)
+        return Record(x_ND[None], y_ND[None], code, self._decode_code(code)[None], mask_N, n_tokens, norm_F[None])
+
+    def denormalize_activations(self, batch: Mapping[str, Any], reconstruction: Tensor) -> Tensor:
+        if self.cfg.norm_activation == "inference":
+            return reconstruction
+        hook = self.cfg.hook_point_out
+        if hook not in batch and self.cfg.norm_activation != "dataset-wise":
+            raise DataError(
+                f"norm_activation={self.cfg.norm_activation!r}: the scale of {hook!r} comes from its own activations; "
+                "put them into the batch"
+            )
+        label = self.prepare_label(batch).to(self.cfg.dtype)
+        return reconstruction / self.compute_norm_factor(label, hook, batch.get("mask"))
+
+    # -- losses ----------------------------------------------------------------------------------------------------
+
+    def pre_activation_loss(self, record: Record) -> Tensor:
+        """Gated `sum_i relu(theta_i - h_i norm_i)`, else `sum_i relu(theta_i - h_i) norm_i`; mean over tokens."""
+        theta_F, norm_F = self._theta("lp_coefficient"), record.norm[0]
+        h_NF = self.encoder.pre_activations(record.input[0])
+        if self.cfg.sparsity_include_decoder_norm:
+            short_NF = torch.relu(theta_F - h_NF * norm_F)
+        else:
+            short_NF = torch.relu(theta_F - h_NF) * norm_F
+        return record.token_mean(self.axis.leave(short_NF.sum(1)))
+
+    def _theta(self, setting: str) -> Tensor:
+        log_theta = self.activation_function.log_threshold
+        if log_theta is None:
+            raise ConfigError(f"{setting}: needs learnt thresholds; use act_fn='jumprelu', not {self.cfg.act_fn!r}")
+        return log_theta.exp().to(self.cfg.dtype)
+
+    def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:
+        scale_F = self.selection_scale(record.norm[0])
+        h = self.encoder.rows(dead).pre_activations(record.input[0])
+        return auxk(record, h, None if scale_F is None else scale_F[dead], self.W_D.index_select(0, dead), k_aux)
+
+    # -- norms, folding --------------------------------------------------------------------------------------------
+
+    def encoder_norm(self, keepdim: bool = False) -> Tensor:
+        return torch.linalg.vector_norm(self.W_E, dim=0, keepdim=keepdim)
+
+    def decoder_norm(self, keepdim: bool = False) -> Tensor:
+        return torch.linalg.vector_norm(self.W_D, dim=1, keepdim=keepdim)
+
+    def decoder_bias_norm(self) -> Tensor:
+        return self.W_D.new_zeros(()) if self.b_D is None else torch.linalg.vector_norm(self.b_D)
+
+    @torch.no_grad()
+    def set_decoder_to_fixed_norm(self, value: float, force_exact: bool) -> None:
+        norm = self.decoder_norm(keepdim=True).clamp(min=torch.finfo(self.cfg.dtype).tiny)
+        self.W_D.mul_(value / norm if force_exact else (value / norm).clamp(max=1))
+
+    @torch.no_grad()
+    def set_encoder_to_fixed_norm(self, value: float) -> None:
+        self.W_E.mul_(value / self.encoder_norm(keepdim=True).clamp(min=torch.finfo(self.cfg.dtype).tiny))
+
+    @torch.no_grad()
+    def transform_to_unit_decoder_norm(self) -> None:
+        """Scale each decoder row to norm 1 and its encoder by the old norm: the same function.
+
+        Raises:
+            NotImplementedError: ungated top-k selection, where it would change which latents are selected.
+        """
+        gated, name = self.cfg.sparsity_include_decoder_norm, self.cfg.act_fn
+        if not gated and self.current_k is not None:
+            raise NotImplementedError(
+                f"act_fn={name!r} without gating ranks latents by h, which unit decoder norms would rescale: "
+                "other latents would be selected"
+            )
+        norm_F = self.decoder_norm()
+        norm_F = torch.where(norm_F > 0, norm_F, 1.0)
+        self.W_D.div_(norm_F[:, None])
+        self.W_E.mul_(norm_F)
+        self.b_E.mul_(norm_F)
+        if not gated and self.activation_function.log_threshold is not None:
+            self.activation_function.log_threshold.add_(norm_F.log())
+
+    @torch.no_grad()
+    def standardize_parameters_of_dataset_norm(self) -> None:
+        """Fold the dataset-wise factors: raw activations in give raw reconstructions out, the same latents selected.
+
+        Raises:
+            NotImplementedError: token-wise or batch-wise scales, which depend on the activations.
+            ConfigError: no average norms are known.
+        """
+        if self.cfg.norm_activation == "inference":
+            return
+        if self.cfg.norm_activation != "dataset-wise":
+            raise NotImplementedError(
+                f"norm_activation={self.cfg.norm_activation!r} depends on the activations: nothing to fold"
+            )
+        factor_in = self.compute_norm_factor(self.W_D, self.cfg.hook_point_in)
+        factor_out = self.compute_norm_factor(self.W_D, self.cfg.hook_point_out)
+        self.W_E.mul_(factor_in)
+        if self.cfg.use_glu_encoder:
+            self.W_E_glu.mul_(factor_in)
+        self.W_D.div_(factor_out)
+        if self.b_D is not None:
+            self.b_D.div_(factor_out)
+        if self.cfg.sparsity_include_decoder_norm:
+            self.activation_function.rescale(1 / factor_out)
+        self.cfg.norm_activation = "inference"
+
+    # -- initialisation --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def init_parameters(self, *, encoder_uniform_bound: float, decoder_uniform_bound: float,
+                        init_log_jumprelu_threshold_value: float | None = None) -> None:  # fmt: skip
+        """`W_E`, `W_E_glu`, `W_D` uniform within their bounds, biases 0, thresholds as given."""
+        self.W_E.T.uniform_(-encoder_uniform_bound, encoder_uniform_bound)
+        self.W_D.uniform_(-decoder_uniform_bound, decoder_uniform_bound)
+        if self.cfg.use_glu_encoder:
+            self.W_E_glu.T.uniform_(-encoder_uniform_bound, encoder_uniform_bound)
+            self.b_E_glu.zero_()
+        self.b_E.zero_()
+        if self.b_D is not None:
+            self.b_D.zero_()
+        if self.activation_function.log_threshold is not None:
+            if init_log_jumprelu_threshold_value is None:
+                raise ConfigError(
+                    f"init_log_jumprelu_threshold_value=None: act_fn={self.cfg.act_fn!r} needs a starting threshold"
+                )
+            self.activation_function.log_threshold.fill_(init_log_jumprelu_threshold_value)
+
+    @torch.no_grad()
+    def init_encoder_with_decoder_transpose(self, factor: float = 1.0) -> None:
+        """`W_E = factor x W_D^T`."""
+        self.W_E.copy_(self.W_D.T).mul_(factor)
+
+    @torch.no_grad()
+    def init_decoder_bias_with_geometric_median(self, batch: Mapping[str, Any]) -> None:
+        """`b_D =` the geometric median of the valid (normalised) labels."""
+        if self.b_D is None:
+            raise ConfigError("bias_init_method: use_decoder_bias is off; there is no bias to set")
+        self.b_D.copy_(geometric_median(_valid_rows(self.prepare_label(batch), batch)))
+
+    @torch.no_grad()
+    def init_encoder_bias_with_mean_hidden_pre(self, batch: Mapping[str, Any]) -> None:
+        """`b_E = -` the mean over valid tokens of `x W_E` (`batch` is normalised)."""
+        self.b_E.copy_(-_valid_rows(self.prepare_input(batch), batch).mean(0) @ self.W_E)
+
+    @torch.no_grad()
+    def init_W_D_with_active_subspace(self, batch: Mapping[str, Any], d_active_subspace: int) -> None:
+        """`W_D <- W_D[:, :m] U_m^T`: decoder rows within the m directions of most variance of the (normalised) labels."""
+        if not 0 < d_active_subspace <= self.cfg.d_model:
+            raise ConfigError(
+                f"d_active_subspace={d_active_subspace}: must be between 1 and d_model={self.cfg.d_model}"
+            )
+        y_ND = _valid_rows(self.prepare_label(batch), batch).float()
+        directions_MD = torch.linalg.svd(y_ND - y_ND.mean(0), full_matrices=False).Vh[:d_active_subspace]
+        self.W_D.copy_(self.W_D[:, : len(directions_MD)] @ directions_MD.to(self.cfg.dtype))
+
+    def dim_maps(self) -> dict[str, dict[str, int]]:
+        maps = {"W_E": {"model": 1}, "b_E": {"model": 0}, "W_D": {"model": 0}, "b_D": {},
+                "W_E_glu": {"model": 1}, "b_E_glu": {"model": 0},
+                "activation_function.log_jumprelu_threshold": {"model": 0}}  # fmt: skip
+        return {name: maps[name] for name, _ in self.named_parameters()}
+
+
+def _valid_rows(x: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    mask = batch.get("mask")
+    x_ND = x.reshape(-1, x.shape[-1])
+    return x_ND if mask is None else x_ND[mask.reshape(-1).bool()]

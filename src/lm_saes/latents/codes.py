@@ -1,0 +1,208 @@
+"""Codes: the latents of a batch between encode and decode, as the entries that are active.
+
+A sparse code lists entries row by row; a dense code holds every entry, for batches so dense that dense products are
+faster. Both have the same verbs, so that losses and metrics are written once. In both an entry is active if and only
+if its value is positive: an entry with value 0 counts nowhere (but its gradient is well defined, which JumpReLU's
+threshold needs).
+
+Letters: N rows, F latents, D width, E entries.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lm_saes.latents import kernels
+
+
+class Code(ABC):
+    """What losses and metrics may ask of a batch's latents, sparse or dense."""
+
+    n_rows: int
+    n_latents: int
+    values: Tensor
+    """The value of each entry: `[E]` if sparse, `[N, F]` if dense; differentiable."""
+
+    @abstractmethod
+    def at(self, v_F: Tensor) -> Tensor:
+        """`v` of each entry's latent, shaped like (or broadcasting to) `values`; differentiable."""
+
+    @abstractmethod
+    def of_row(self, v_N: Tensor) -> Tensor:
+        """`v` of each entry's row, shaped like (or broadcasting to) `values`."""
+
+    @abstractmethod
+    def sum_rows(self, entries: Tensor) -> Tensor:
+        """Sum of `entries` (shaped like `values`) over each row: `[N]`; differentiable."""
+
+    @abstractmethod
+    def sum_latents(self, entries: Tensor) -> Tensor:
+        """Sum of `entries` (shaped like `values`) over each latent: `[F]`; differentiable."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The latents as `[N, F]`."""
+
+    @abstractmethod
+    def decode(self, W_FD: Tensor) -> Tensor:
+        """`f W`: `[N, D]`, with gradients to the values and to `W`."""
+
+    def with_values(self, values: Tensor) -> Code:
+        """The same entries with other values."""
+        raise NotImplementedError(f"{type(self).__name__} has fixed values")
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, latents and values of the active entries, ordered by row."""
+        dense = self.dense().detach()
+        rows, latents = (dense > 0).nonzero(as_tuple=True)
+        return rows, latents, dense[rows, latents]
+
+    @torch.no_grad()
+    def counts(self, mask_N: Tensor | None = None) -> Tensor:
+        """On how many rows (of those in the mask) each latent is active: `[F]`."""
+        active = (self.values > 0).to(torch.float32)
+        return self.sum_latents(active if mask_N is None else active * self.of_row(mask_N.to(torch.float32)))
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """Where the entries of a sparse code are; the transpose is made once and shared by every gradient and count."""
+
+    indices: Tensor
+    """Latent of each entry, `[E]` int32, row by row."""
+    offsets: Tensor
+    """Where each row begins, `[N + 1]` int32."""
+    n_latents: int
+
+    @property
+    def n_rows(self) -> int:
+        return self.offsets.numel() - 1
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Row of each entry, `[E]` int32."""
+        rows = torch.arange(self.n_rows, dtype=torch.int32, device=self.offsets.device)
+        lengths = self.offsets[1:] - self.offsets[:-1]
+        return torch.repeat_interleave(rows, lengths, output_size=self.indices.numel())
+
+    @cached_property
+    def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The transpose: order of the entries by latent, their rows in that order, and each latent's offsets."""
+        order, offsets = kernels.transpose(self.indices, self.n_latents)
+        return order, self.rows[order], offsets
+
+    def latent_sum(self, weights_E: Tensor, table_ND: Tensor) -> Tensor:
+        """`out[f] = sum over entries e of latent f of weights[e] * table[rows[e]]`: `[F, D]`."""
+        order, rows, offsets = self.by_latent
+        return kernels.gather_sum(weights_E[order], rows, offsets, table_ND)
+
+    def latent_total(self, weights_E: Tensor) -> Tensor:
+        """`out[f] = sum over entries e of latent f of weights[e]`: `[F]`."""
+        return weights_E.new_zeros(self.n_latents).index_add_(0, self.indices, weights_E)
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values_E: Tensor, W_FD: Tensor, pattern: Pattern) -> Tensor:  # type: ignore[override]
+        ctx.pattern = pattern
+        ctx.save_for_backward(values_E, W_FD)
+        return kernels.gather_sum(values_E, pattern.indices, pattern.offsets, W_FD)
+
+    @staticmethod
+    def backward(ctx, dy_ND: Tensor):  # type: ignore[override]
+        values_E, W_FD = ctx.saved_tensors
+        pattern: Pattern = ctx.pattern
+        dy_ND = dy_ND.contiguous()
+        dvalues = dW = None
+        if ctx.needs_input_grad[0]:
+            dvalues = kernels.row_dot(dy_ND, W_FD, pattern.rows, pattern.indices, pattern.offsets)
+        if ctx.needs_input_grad[1]:
+            dW = pattern.latent_sum(values_E, dy_ND)
+        return dvalues, dW, None
+
+
+class SparseCode(Code):
+    """Entries row by row: `values [E]`, `indices [E]`, `offsets [N + 1]`."""
+
+    def __init__(self, values: Tensor, pattern: Pattern) -> None:
+        self.values, self.pattern = values, pattern
+        self.n_rows, self.n_latents = pattern.n_rows, pattern.n_latents
+
+    @property
+    def indices(self) -> Tensor:
+        """Latent of each entry, `[E]` int32."""
+        return self.pattern.indices
+
+    @property
+    def offsets(self) -> Tensor:
+        """Where each row begins, `[N + 1]` int32."""
+        return self.pattern.offsets
+
+    @property
+    def rows(self) -> Tensor:
+        """Row of each entry, `[E]` int32."""
+        return self.pattern.rows
+
+    def at(self, v_F: Tensor) -> Tensor:
+        return v_F.index_select(0, self.indices)
+
+    def of_row(self, v_N: Tensor) -> Tensor:
+        return v_N.index_select(0, self.rows)
+
+    def sum_rows(self, entries: Tensor) -> Tensor:
+        return entries.new_zeros(self.n_rows).index_add(0, self.rows, entries)
+
+    def sum_latents(self, entries: Tensor) -> Tensor:
+        return entries.new_zeros(self.n_latents).index_add(0, self.indices, entries)
+
+    def dense(self) -> Tensor:
+        flat = self.rows.long() * self.n_latents + self.indices
+        return (
+            self.values.new_zeros(self.n_rows * self.n_latents)
+            .index_add(0, flat, self.values)
+            .view(self.n_rows, self.n_latents)
+        )
+
+    def decode(self, W_FD: Tensor) -> Tensor:
+        return _Decode.apply(self.values, W_FD, self.pattern)  # type: ignore[return-value]
+
+    def with_values(self, values: Tensor) -> SparseCode:
+        return SparseCode(values, self.pattern)
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        active = self.values.detach() > 0
+        return self.rows[active].long(), self.indices[active].long(), self.values.detach()[active]
+
+
+class DenseCode(Code):
+    """Every latent of every row: `values [N, F]`."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.n_rows, self.n_latents = values.shape
+
+    def at(self, v_F: Tensor) -> Tensor:
+        return v_F
+
+    def of_row(self, v_N: Tensor) -> Tensor:
+        return v_N[:, None]
+
+    def sum_rows(self, entries: Tensor) -> Tensor:
+        return entries.sum(1)
+
+    def sum_latents(self, entries: Tensor) -> Tensor:
+        return entries.sum(0)
+
+    def dense(self) -> Tensor:
+        return self.values
+
+    def decode(self, W_FD: Tensor) -> Tensor:
+        return self.values @ W_FD
+
+    def with_values(self, values: Tensor) -> DenseCode:
+        return DenseCode(values)

@@ -1,0 +1,1 @@
+"""Loss terms: functions of the record of a forward pass."""

@@ -1,0 +1,77 @@
+"""Sparsity losses, and the pre-activation penalty. Gradients flow through the decoder norms.
+
+A new sparsity loss is a function of (record, settings) under `@sparsity_loss("its-name")`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lm_saes.dictionaries.record import Record
+from lm_saes.errors import ConfigError
+from lm_saes.losses.settings import LossSettings
+
+SparsityLoss = Callable[[Record, LossSettings], Tensor]
+SPARSITY_LOSSES: dict[str, SparsityLoss] = {}
+
+
+def sparsity_loss(name: str) -> Callable[[SparsityLoss], SparsityLoss]:
+    """Register a sparsity loss under the name that `sparsity_loss_type` chooses it by."""
+
+    def register(function: SparsityLoss) -> SparsityLoss:
+        SPARSITY_LOSSES[name] = function
+        return function
+
+    return register
+
+
+def find_sparsity_loss(name: str) -> SparsityLoss:
+    """The sparsity loss of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in SPARSITY_LOSSES:
+        raise ConfigError(
+            f"sparsity_loss_type={name!r}: not a sparsity loss; use one of {', '.join(SPARSITY_LOSSES)} or none"
+        )
+    return SPARSITY_LOSSES[name]
+
+
+def _weighed(record: Record) -> Tensor:
+    """`f norm` at each entry of the code."""
+    if record.code_sites != 1:
+        raise NotImplementedError("sparsity losses of dictionaries with several code sites come with those kinds")
+    return record.code.values * record.code.at(record.norm[0])
+
+
+@sparsity_loss("power")
+def power(record: Record, settings: LossSettings) -> Tensor:
+    """Mean over tokens of `|| f norm ||_p`; where a norm has no derivative (at 0) its gradient is 0."""
+    weighed, p = _weighed(record), settings.p
+    if p == 1:
+        return record.row_mean(record.code.sum_rows(weighed))
+    active = weighed > 0
+    powers = torch.where(active, torch.where(active, weighed, 1.0) ** p, 0.0)
+    sums = record.code.sum_rows(powers)
+    some = sums > 0
+    return record.row_mean(torch.where(some, torch.where(some, sums, 1.0) ** (1 / p), 0.0))
+
+
+@sparsity_loss("tanh")
+def tanh(record: Record, settings: LossSettings) -> Tensor:
+    """Mean over tokens of `sum_i tanh(c f_i norm_i)` (Anthropic, January 2025 update)."""
+    return record.row_mean(record.code.sum_rows(torch.tanh(settings.tanh_stretch_coefficient * _weighed(record))))
+
+
+@sparsity_loss("tanh-quad")
+def tanh_quad(record: Record, settings: LossSettings) -> Tensor:
+    """`sum_i q_i (1 + q_i / s)` with `q_i` the mean over tokens of `tanh(c f_i norm_i)`: dense latents pay more."""
+    squashed = torch.tanh(settings.tanh_stretch_coefficient * _weighed(record))
+    if record.row_mask is not None:
+        squashed = squashed * record.code.of_row(record.row_mask.to(squashed.dtype))
+    q_F = record.code.sum_latents(squashed) / record.n_tokens
+    return (q_F * (1 + q_F / settings.frequency_scale)).sum()

@@ -1,0 +1,83 @@
+"""The contract between a metric and the trainer."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from lm_saes.dictionaries.record import Record
+
+if TYPE_CHECKING:
+    from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What an optimizer step knows beyond its records."""
+
+    gradient_norm_before_clipping: Tensor
+    gradient_norm: Tensor
+    n_tokens: Tensor
+    """Valid tokens of this step."""
+    n_dead: Tensor
+    """Latents that are dead after it."""
+    fired_counts: Tensor
+    """On how many valid tokens each latent was active in this step."""
+
+
+class Metric(ABC):
+    """Totals in float64, updated on the device without waiting for it; read only at a report."""
+
+    registry: ClassVar[list[type[Metric]]] = []
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if not inspect.isabstract(cls):
+            Metric.registry.append(cls)
+
+    def __init__(self, dictionary: AbstractSparseAutoEncoder, window: int) -> None:
+        self.dictionary, self.window = dictionary, window
+        self.totals: dict[str, Tensor] = {}
+
+    @classmethod
+    def applies(cls, dictionary: AbstractSparseAutoEncoder) -> bool:
+        """Whether the metric makes sense for this dictionary."""
+        return True
+
+    def observe(self, record: Record, terms: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Take in one forward pass."""
+
+    def step(self, facts: StepFacts) -> None:  # noqa: B027
+        """Take in one optimizer step."""
+
+    @abstractmethod
+    def report(self) -> dict[str, float]:
+        """The values of the window that ends now; only called if something was taken in."""
+
+    def end_window(self) -> None:
+        """Begin the next window; called after every report."""
+        self.totals = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add to a running total."""
+        value = value.detach().to(torch.float64)
+        self.totals[name] = self.totals[name] + value if name in self.totals else value
+
+    def largest(self, name: str, value: Tensor) -> None:
+        """Keep the largest of a window."""
+        value = value.detach().to(torch.float64)
+        self.totals[name] = torch.maximum(self.totals[name], value) if name in self.totals else value
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The totals, for a checkpoint."""
+        return dict(self.totals)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from saved totals."""
+        self.totals = {name: t.to(self.dictionary.cfg.device) for name, t in state.items()}

@@ -1,0 +1,47 @@
+"""Norms of weights and gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lm_saes.metrics.base import Metric, StepFacts
+
+
+class Weights(Metric):
+    """Mean norms of encoder and decoder directions, norm of the decoder bias, mean threshold: as of the report."""
+
+    def step(self, facts: StepFacts) -> None:
+        self.totals = {"seen": torch.ones(())}
+
+    @torch.no_grad()
+    def report(self) -> dict[str, float]:
+        d = self.dictionary
+        log_theta = d.activation_function.log_threshold
+        norms = {
+            "metrics/encoder_norm": d.encoder_norm().mean(),
+            "metrics/decoder_norm": d.decoder_norm().mean(),
+            "metrics/decoder_bias_norm": d.decoder_bias_norm(),
+        }
+        if log_theta is not None:
+            norms["metrics/mean_jumprelu_threshold"] = log_theta.exp().mean()
+        return {name: float(value) for name, value in norms.items()}
+
+
+class Gradients(Metric):
+    """Global gradient norms before and after clipping: mean over the window, and the largest as `..._max`."""
+
+    def step(self, facts: StepFacts) -> None:
+        self.add("steps", torch.ones((), device=facts.gradient_norm.device))
+        for name in ("gradient_norm", "gradient_norm_before_clipping"):
+            value: Tensor = getattr(facts, name)
+            self.add(name, value)
+            self.largest(name + "_max", value)
+
+    def report(self) -> dict[str, float]:
+        steps = float(self.totals["steps"])
+        return {
+            f"metrics/{name}": float(total) / (1 if name.endswith("_max") else steps)
+            for name, total in self.totals.items()
+            if name != "steps"
+        }
