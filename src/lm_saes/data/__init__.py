@@ -1,0 +1,1 @@
+"""Text, language models and the streams of activations made from them."""

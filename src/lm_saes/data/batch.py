@@ -1,0 +1,65 @@
+"""What flows from a stream to the trainer, and the checks that it is what it should be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm_saes.errors import DataError
+
+Batch = dict[str, Any]
+"""Hook point -> activations `[batch, d]` or `[batch, seq, d]`; `tokens` (int64) and optional `mask` (True = counts)
+of shape `[batch]` or `[batch, seq]`; optional `meta`, a list with one dict per context."""
+
+
+def check_batch(batch: Mapping[str, Any], widths: Mapping[str, int]) -> None:
+    """Check that `batch` holds finite activations of the given width for every hook point, with tokens to match.
+
+    Raises:
+        DataError: naming what is wrong, the shape seen and the shape wanted.
+    """
+    tokens = batch.get("tokens")
+    if not isinstance(tokens, Tensor):
+        raise DataError(f"batch: 'tokens' is missing; wanted int64 [batch] or [batch, seq]; it has {_keys(batch)}")
+    shape = tuple(tokens.shape)
+    if tokens.ndim not in (1, 2) or tokens.is_floating_point():
+        raise DataError(f"batch: 'tokens' is {tokens.dtype} {list(shape)}; wanted int64 [batch] or [batch, seq]")
+    if tokens.numel() == 0:
+        raise DataError(f"batch: 'tokens' of shape {list(shape)} is empty; wanted at least one token")
+    _check_mask(batch.get("mask"), shape)
+    for hook_point, width in widths.items():
+        _check_activations(hook_point, batch.get(hook_point), (*shape, width), batch)
+
+
+def _check_mask(mask: Any, shape: tuple[int, ...]) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
+        raise DataError(f"batch: 'mask' is {_seen(mask)}; wanted shape {list(shape)}, the shape of 'tokens'")
+    if not bool(mask.any()):
+        raise DataError(f"batch: 'mask' of shape {list(shape)} masks every token; wanted at least one that counts")
+
+
+def _check_activations(hook_point: str, x: Any, wanted: tuple[int, ...], batch: Mapping[str, Any]) -> None:
+    if not isinstance(x, Tensor):
+        raise DataError(f"batch: hook point {hook_point!r} is missing; wanted {list(wanted)}; it has {_keys(batch)}")
+    if tuple(x.shape) != wanted:
+        raise DataError(f"batch: hook point {hook_point!r} has shape {list(x.shape)}; wanted {list(wanted)}")
+    if not x.is_floating_point():
+        raise DataError(f"batch: hook point {hook_point!r} holds {x.dtype}; wanted floating-point activations")
+    # A sum is finite unless an entry is not, or the sum overflows: cheap, with a second look only in those cases.
+    if not bool(x.sum(dtype=torch.float32).isfinite()):
+        bad = int((~x.isfinite()).sum())
+        if bad:
+            raise DataError(f"batch: hook point {hook_point!r} of shape {list(x.shape)} holds {bad} non-finite values")
+
+
+def _keys(batch: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, batch)) or "nothing"
+
+
+def _seen(value: Any) -> str:
+    return f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
