@@ -1,0 +1,189 @@
+"""Initialisation: fresh weights, dataset norms, and what one batch of activations can tell before training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field, ValidationInfo, model_validator
+
+from lm_saes.config import BaseConfig
+from lm_saes.data.batch import Batch, check_batch
+from lm_saes.data.peek import peekable
+from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
+from lm_saes.dictionaries.config import BaseSAEConfig
+from lm_saes.dictionaries.normalization import NORM_BATCHES, average_norms
+from lm_saes.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from lm_saes.data.language_model import LanguageModel
+
+log = logging.getLogger(__name__)
+
+COARSE_NORMS = [0.1 * i for i in range(1, 51)]
+FINE_STEPS = 20
+
+
+class InitializerConfig(BaseConfig):
+    """How to initialise a dictionary."""
+
+    bias_init_method: Literal["all_zero", "geometric_median"] = "all_zero"
+    """Decoder bias: zero, or the geometric median of the labels of one batch."""
+    decoder_uniform_bound: float = Field(1.0, gt=0)
+    """Decoder weights are drawn uniformly within plus and minus this."""
+    encoder_uniform_bound: float = Field(1.0, gt=0)
+    """Encoder weights are drawn uniformly within plus and minus this."""
+    init_encoder_with_decoder_transpose: bool = True
+    """Tie the fresh encoder to the decoder: `W_E = factor x W_D^T`."""
+    init_encoder_with_decoder_transpose_factor: float = 1.0
+    """That factor."""
+    init_log_jumprelu_threshold_value: float | None = None
+    """Logarithm of the JumpReLU thresholds at the start (needed for `act_fn="jumprelu"`)."""
+    grid_search_init_norm: bool = False
+    """Set decoder norms to the value with the least reconstruction loss on one batch."""
+    initialize_W_D_with_active_subspace: bool = False
+    """Draw decoder directions within the directions of most variance of the labels."""
+    d_active_subspace: int | None = Field(None, gt=0)
+    """How many directions those are."""
+    initialize_lorsa_with_mhsa: bool | None = None
+    """Lorsa only: start from the model's own attention weights."""
+    initialize_tc_with_mlp: bool | None = None
+    """Transcoder only: start decoder directions from the model's own MLP."""
+    model_layer: int | None = Field(None, ge=0)
+    """Layer of the model that those weights come from."""
+    init_encoder_bias_with_mean_hidden_pre: bool = False
+    """Set the encoder bias to minus the mean pre-activation of one batch."""
+
+    @model_validator(mode="after")
+    def _check(self, info: ValidationInfo) -> InitializerConfig:
+        if not self.initialize_W_D_with_active_subspace:
+            self.refuse_without_effect(["d_active_subspace"], "initialize_W_D_with_active_subspace is off", info)
+        elif self.d_active_subspace is None:
+            raise ValueError("d_active_subspace=None: initialize_W_D_with_active_subspace needs a number of directions")
+        if not self.init_encoder_with_decoder_transpose:
+            factor = ["init_encoder_with_decoder_transpose_factor"]
+            self.refuse_without_effect(factor, "init_encoder_with_decoder_transpose is off", info)
+        if not (self.initialize_lorsa_with_mhsa or self.initialize_tc_with_mlp):
+            self.refuse_without_effect(["model_layer"], "nothing is initialised from the model", info)
+        return self
+
+
+class Initializer:
+    """Makes dictionaries ready for training."""
+
+    def __init__(self, cfg: InitializerConfig) -> None:
+        self.cfg = cfg
+
+    @torch.no_grad()
+    def initialize_parameters(self, sae: AbstractSparseAutoEncoder) -> AbstractSparseAutoEncoder:
+        """Draw fresh weights from torch's global generator, and tie the encoder if configured."""
+        sae.init_parameters(
+            encoder_uniform_bound=self.cfg.encoder_uniform_bound,
+            decoder_uniform_bound=self.cfg.decoder_uniform_bound,
+            init_log_jumprelu_threshold_value=self.cfg.init_log_jumprelu_threshold_value,
+        )
+        self._tie(sae)
+        return sae
+
+    @torch.no_grad()
+    def initialize_sae_from_config(
+        self,
+        cfg: BaseSAEConfig,
+        activation_stream: Iterable[Batch] | None = None,
+        activation_norm: Mapping[str, float] | None = None,
+        device_mesh: Any = None,
+        wandb_logger: Any = None,
+        model: LanguageModel | None = None,
+    ) -> AbstractSparseAutoEncoder:
+        """Build and initialise a dictionary, in the order of section 9 of the specification.
+
+        Batches are only looked at: a stream, or a generator, still gives them to the trainer afterwards.
+
+        Args:
+            activation_stream: batches of activations; needed for dataset-wise norms that are not given and for
+                everything that looks at a batch.
+            activation_norm: mean norm of each hook point's activations.
+
+        Raises:
+            ConfigError: a setting that does not fit this dictionary, or needs something that was not given.
+        """
+        self._check(cfg)
+        sae = self.initialize_parameters(AbstractSparseAutoEncoder.from_config(cfg, device_mesh=device_mesh))
+        wanted = NORM_BATCHES if cfg.norm_activation == "dataset-wise" and activation_norm is None else 1
+        batches = [] if activation_stream is None else peekable(activation_stream).peek(wanted)
+        for batch in batches:
+            check_batch(batch, dict.fromkeys(cfg.associated_hook_points, cfg.d_model))
+        if cfg.norm_activation == "dataset-wise":
+            if activation_norm is None and not batches:
+                raise ConfigError("norm_activation='dataset-wise': give activation_norm, or an activation_stream to measure it")
+            hooks = cfg.associated_hook_points
+            sae.set_dataset_average_activation_norm(activation_norm or average_norms(batches, hooks))
+        if self._looks_at_a_batch():
+            if not batches:
+                raise DataError("activation_stream: initialisation looks at a batch, and there is none; give a stream")
+            first = {k: v.to(cfg.device) if isinstance(v, torch.Tensor) else v for k, v in batches[0].items()}
+            if self.cfg.initialize_W_D_with_active_subspace:
+                assert self.cfg.d_active_subspace is not None
+                sae.init_W_D_with_active_subspace(sae.normalize_activations(first), self.cfg.d_active_subspace)
+                self._tie(sae)
+            self.initialization_search(sae, first, wandb_logger)
+        return sae
+
+    @torch.no_grad()
+    def initialization_search(
+        self, sae: AbstractSparseAutoEncoder, activation_batch: Mapping[str, Any], wandb_logger: Any = None
+    ) -> AbstractSparseAutoEncoder:
+        """Set decoder bias, decoder norm and encoder bias by what fits one (raw) batch, as configured."""
+        batch = sae.normalize_activations(activation_batch)
+        if self.cfg.bias_init_method == "geometric_median":
+            sae.init_decoder_bias_with_geometric_median(batch)
+        if self.cfg.grid_search_init_norm:
+            best = self._search_norm(sae, batch, COARSE_NORMS)
+            fine = torch.linspace(best - 0.09, best + 0.1, FINE_STEPS).tolist()
+            best = self._search_norm(sae, batch, fine)
+            log.info("best_norm_fine_grained=%.4g: the decoder norm of least reconstruction loss", best)
+            if wandb_logger is not None:
+                wandb_logger.log({"best_norm_fine_grained": best})
+            self._set_norm(sae, batch, best)
+        elif self.cfg.init_encoder_bias_with_mean_hidden_pre:
+            sae.init_encoder_bias_with_mean_hidden_pre(batch)
+        return sae
+
+    def _search_norm(self, sae: AbstractSparseAutoEncoder, batch: Mapping[str, Any], norms: list[float]) -> float:
+        losses = {}
+        for norm in norms:
+            self._set_norm(sae, batch, norm)
+            result = sae.compute_loss(batch)
+            losses[norm] = float(result["l_rec"])  # type: ignore[index]
+        return min(losses, key=lambda norm: losses[norm])
+
+    def _set_norm(self, sae: AbstractSparseAutoEncoder, batch: Mapping[str, Any], norm: float) -> None:
+        sae.set_decoder_to_fixed_norm(norm, force_exact=True)
+        self._tie(sae)
+        if self.cfg.init_encoder_bias_with_mean_hidden_pre:
+            sae.init_encoder_bias_with_mean_hidden_pre(batch)
+
+    def _tie(self, sae: AbstractSparseAutoEncoder) -> None:
+        if self.cfg.init_encoder_with_decoder_transpose:
+            sae.init_encoder_with_decoder_transpose(self.cfg.init_encoder_with_decoder_transpose_factor)
+
+    def _looks_at_a_batch(self) -> bool:
+        cfg = self.cfg
+        return (
+            cfg.bias_init_method != "all_zero"
+            or cfg.grid_search_init_norm
+            or cfg.initialize_W_D_with_active_subspace
+            or cfg.init_encoder_bias_with_mean_hidden_pre
+        )
+
+    def _check(self, cfg: BaseSAEConfig) -> None:
+        if self.cfg.init_log_jumprelu_threshold_value is not None and cfg.act_fn != "jumprelu":
+            value = self.cfg.init_log_jumprelu_threshold_value
+            raise ConfigError(f"init_log_jumprelu_threshold_value={value}: act_fn={cfg.act_fn!r} has no thresholds; remove it")
+        if self.cfg.bias_init_method != "all_zero" and not cfg.use_decoder_bias:
+            raise ConfigError(f"bias_init_method={self.cfg.bias_init_method!r}: use_decoder_bias is off; there is no bias to set")
+        for name in ("initialize_lorsa_with_mhsa", "initialize_tc_with_mlp"):
+            if getattr(self.cfg, name):
+                raise ConfigError(f"{name}=True: initialisation from the model's weights is not available yet; remove it")

@@ -1,0 +1,1 @@
+"""The parts of a training run around the mathematics: schedules, optimizers, checkpoints, loggers."""

@@ -1,0 +1,178 @@
+"""Checkpoints of a run: `checkpoints/step_N/`, whole or absent, tensors in safetensors and the rest in JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
+from lm_saes.dictionaries.files import WEIGHTS, load_tensors, load_weights, save_tensors
+from lm_saes.errors import CheckpointError
+from lm_saes.files import drafted, remove, sha256
+from lm_saes.metrics.board import Board
+
+_TENSOR = "__tensor__"
+
+
+def checkpoint_directory(run: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return Path(run) / "checkpoints" / f"step_{step}"
+
+
+def saved_steps(run: str | Path) -> dict[int, Path]:
+    """The whole checkpoints of a run by step, ascending."""
+    found = {}
+    for path in Path(run, "checkpoints").glob("step_*"):
+        if (match := re.fullmatch(r"step_(\d+)", path.name)) and (path / "manifest.json").exists():
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that `path` means: a step's directory itself, or the newest whole one of a run's directory.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if (path / "manifest.json").exists():
+        return path
+    steps = saved_steps(path)
+    if not steps:
+        raise CheckpointError(
+            f"from_pretrained_path={str(path)!r}: holds no whole checkpoint; give a run's or a step's directory"
+        )
+    return list(steps.values())[-1]
+
+
+def write(
+    path: Path,
+    sae: AbstractSparseAutoEncoder,
+    board: Board,
+    optimizer: torch.optim.Optimizer,
+    progress: dict[str, Any],
+    stream_state: dict[str, Any] | None,
+    wandb_run_id: str | None,
+) -> None:
+    """Save everything that training goes on from as the step directory `path`."""
+    with drafted(path) as draft:
+        draft.mkdir()
+        sae.save_pretrained(draft)
+        _write_json(draft / "trainer.json", progress)
+        save_tensors({"rng.cpu": torch.get_rng_state(), **dict(board.tensors())}, draft / "state.safetensors")
+        save_tensors(dict(_optimizer_tensors(optimizer)), draft / "optimizer.safetensors")
+        if stream_state is not None:
+            values, tensors = split_tensors(stream_state)
+            _write_json(draft / "stream.json", values)
+            if tensors:
+                save_tensors(tensors, draft / "stream.safetensors")
+        if wandb_run_id is not None:
+            _write_json(draft / "wandb_run_id.json", {"wandb_run_id": wandb_run_id})
+        files = {f.name: {"size": f.stat().st_size, "sha256": sha256(f)} for f in sorted(draft.iterdir())}
+        _write_json(draft / "manifest.json", {"files": files})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing or torn.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+
+
+def read_tensors(path: Path, sae: AbstractSparseAutoEncoder, board: Board, optimizer: torch.optim.Optimizer) -> None:
+    """Put dictionary, statistics, random generator and optimizer back to where the checkpoint was made.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, belongs to another dictionary, or this one was folded.
+    """
+    trained = read_json(path / "config.json")["norm_activation"]
+    if sae.cfg.norm_activation != trained:
+        raise CheckpointError(
+            f"{path}: the dictionary has norm_activation={sae.cfg.norm_activation!r} but was trained with {trained!r}; "
+            "load it with from_pretrained(..., fold_activation_scale=False)"
+        )
+    sae.load_full_state_dict(load_weights(path / WEIGHTS))
+    tensors = load_tensors(path / "state.safetensors")
+    torch.set_rng_state(tensors.pop("rng.cpu"))
+    board.restore(tensors)
+    _load_optimizer(optimizer, load_tensors(path / "optimizer.safetensors"), path)
+
+
+def read_stream(path: Path) -> dict[str, Any] | None:
+    """The saved position of the data stream, if it had one."""
+    if not (path / "stream.json").exists():
+        return None
+    tensors = load_tensors(path / "stream.safetensors") if (path / "stream.safetensors").exists() else {}
+    return join_tensors(read_json(path / "stream.json"), tensors)
+
+
+def read_run_id(path: Path) -> str | None:
+    """The W&B run that the checkpoint belongs to, if there was one."""
+    file = path / "wandb_run_id.json"
+    return read_json(file)["wandb_run_id"] if file.exists() else None
+
+
+def prune(run: str | Path, scheduled: Set[int], keep_last: int) -> None:
+    """Remove all but the newest `keep_last` of the checkpoints that are not scheduled."""
+    extra = [path for step, path in saved_steps(run).items() if step not in scheduled]
+    for path in extra[:-keep_last]:
+        remove(path)
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for group in optimizer.param_groups:
+        for key, value in optimizer.state[group["params"][0]].items():
+            yield f"{group['name']}.{key}", value
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, stored: Mapping[str, Tensor], path: Path) -> None:
+    for group in optimizer.param_groups:
+        (parameter,) = group["params"]
+        prefix = group["name"] + "."
+        state = {name.removeprefix(prefix): t for name, t in stored.items() if name.rpartition(".")[0] == group["name"]}
+        for key, value in state.items():
+            if key != "step":
+                if value.shape != parameter.shape:
+                    raise CheckpointError(f"{path}: optimizer state {prefix + key} has shape {tuple(value.shape)}")
+                state[key] = torch.empty_like(parameter).copy_(
+                    value
+                )  # the parameter's strides, as the optimizer made it
+        if state:
+            optimizer.state[parameter] = state
+
+
+def split_tensors(value: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
+    """Separate a nested state into JSON values, with the place of each tensor marked, and the tensors."""
+    if isinstance(value, Tensor):
+        return {_TENSOR: path}, {path: value}
+    if isinstance(value, Mapping):
+        parts = {key: split_tensors(item, f"{path}.{key}" if path else str(key)) for key, item in value.items()}
+        return {k: v for k, (v, _) in parts.items()}, {n: t for _, ts in parts.values() for n, t in ts.items()}
+    if isinstance(value, list | tuple):
+        items = [split_tensors(item, f"{path}.{i}") for i, item in enumerate(value)]
+        return [v for v, _ in items], {n: t for _, ts in items for n, t in ts.items()}
+    return value, {}
+
+
+def join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Put a state that `split_tensors` took apart together again."""
+    if isinstance(value, dict):
+        if set(value) == {_TENSOR}:
+            return tensors[value[_TENSOR]]
+        return {key: join_tensors(item, tensors) for key, item in value.items()}
+    return [join_tensors(item, tensors) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,144 @@
+"""The settings of a training run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from lm_saes.config import BaseConfig, DType
+from lm_saes.losses.sparsity import find_sparsity_loss
+
+Steps = int | float
+
+
+class TrainerConfig(BaseConfig):
+    """How to train. Step counts given as a float in [0, 1] are fractions of all steps; as an int, steps."""
+
+    l1_coefficient: float | None = Field(8e-5, ge=0)
+    """Weight of the sparsity loss (None: constant 1, without warm-up)."""
+    l1_coefficient_warmup_steps: Steps = 0.1
+    """Steps over which that weight rises linearly from 0 (0: at once)."""
+    lp_coefficient: float | None = Field(None, ge=0)
+    """Weight of the penalty on pre-activations below their JumpReLU threshold."""
+    auxk_coefficient: float | None = Field(None, ge=0)
+    """Weight of the auxiliary loss that revives dead latents (None or 0: off)."""
+    amp_dtype: DType | None = torch.bfloat16
+    """Type of mixed precision (None, in files `"none"`: none). Weights, thresholds, selection and losses stay in full precision."""
+    sparsity_loss_type: str | None = None
+    """Sparsity loss: `power`, `tanh`, `tanh-quad`, or none."""
+    tanh_stretch_coefficient: float = Field(4.0, gt=0)
+    """Stretch `c` of the tanh losses."""
+    frequency_scale: float = Field(0.01, gt=0)
+    """Firing frequency at which `tanh-quad` counts a latent twice."""
+    p: float = Field(1, gt=0)
+    """Exponent of the `power` loss; fractions are allowed."""
+    initial_k: int | float | None = Field(None, gt=0)
+    """k that a top-k run starts with (None: no schedule)."""
+    k_warmup_steps: Steps = 0.1
+    """Steps over which k goes from `initial_k` to the dictionary's `top_k`."""
+    k_cold_booting_steps: Steps = 0
+    """Steps at `initial_k` before that."""
+    k_schedule_type: Literal["linear", "exponential"] = "linear"
+    """Shape of the way from `initial_k` to `top_k`."""
+    k_exponential_factor: float = Field(3.0, gt=0)
+    """Steepness of the exponential way."""
+    k_aux: int = Field(512, gt=0)
+    """Dead latents per token that the auxiliary loss uses."""
+    dead_threshold: float = Field(1e7, gt=0)
+    """Valid tokens without an activation after which a latent is dead."""
+    skip_metrics_calculation: bool = False
+    """Log only the loss and the rate."""
+    gradient_accumulation_steps: int = Field(1, gt=0)
+    """Batches per optimizer step."""
+    lr: float | dict[str, float] = 4e-4
+    """Learning rate; or rates by parameter or group name (`others`, `jumprelu`), with `default` for the rest."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of Adam's moments."""
+    optimizer_class: Literal["adam", "sparseadam"] = "adam"
+    """`adam`, or `sparseadam`: weights and moments change only where the gradient is not zero."""
+    optimizer_foreach: bool = True
+    """True: the fastest implementation there is; False: a plain loop."""
+    lr_scheduler_name: Literal[
+        "constant", "constantwithwarmup", "linearwarmupdecay",
+        "cosineannealing", "cosineannealingwarmup", "exponentialwarmup",
+    ] = "constantwithwarmup"  # fmt: skip
+    """Schedule of the learning rate."""
+    lr_end_ratio: float = Field(1 / 32, ge=0, le=1)
+    """What the learning rate ends at, as a share of the full rate."""
+    lr_warm_up_steps: Steps = 5000
+    """Steps over which the learning rate rises."""
+    lr_cool_down_steps: Steps = 0.2
+    """Steps over which it falls at the end."""
+    jumprelu_lr_factor: float = Field(1.0, ge=0)
+    """Learning rate of JumpReLU thresholds over that of the other parameters."""
+    clip_grad_norm: float = Field(0.0, ge=0)
+    """Largest global 2-norm of the gradient, JumpReLU thresholds left out (0: no clipping)."""
+    feature_sampling_window: int = Field(1000, gt=0)
+    """Steps over which firing frequencies are collected before they are reported."""
+    total_training_tokens: int = Field(300_000_000, gt=0)
+    """Tokens to train on."""
+    log_frequency: int = Field(1000, gt=0)
+    """Steps between reports."""
+    eval_frequency: int = Field(1000, gt=0)
+    """Steps between evaluations."""
+    n_checkpoints: int = Field(10, ge=0)
+    """Checkpoints to save, the final one among them (0: none)."""
+    check_point_save_mode: Literal["log", "linear"] = "log"
+    """Spacing of the checkpoints."""
+    from_pretrained_path: str | None = None
+    """Checkpoint to resume from: a step's directory, or a run's directory for its newest."""
+    exp_result_path: str = "results"
+    """Directory that the run writes to."""
+    save_every_minutes: float | None = Field(None, gt=0)
+    """Besides the scheduled checkpoints, save this often (None: do not)."""
+    keep_last: int | None = Field(None, gt=0)
+    """Unscheduled checkpoints to keep, the newest ones (None: all)."""
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """What to do with a step whose loss or gradient is not finite: stop the run, or skip the step and count it."""
+
+    @field_validator("amp_dtype", mode="before")
+    @classmethod
+    def _none(cls, value: object) -> object:
+        return None if value == "none" else value  # TOML has no null
+
+    @field_validator("total_training_tokens", mode="before")
+    @classmethod
+    def _whole(cls, value: object) -> object:
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    @field_validator("sparsity_loss_type")
+    @classmethod
+    def _known_loss(cls, value: str | None) -> str | None:
+        if value is not None:
+            find_sparsity_loss(value)
+        return value
+
+    @model_validator(mode="after")
+    def _check(self, info: ValidationInfo) -> TrainerConfig:
+        for name in ("l1_coefficient_warmup_steps", "k_warmup_steps", "k_cold_booting_steps",
+                     "lr_warm_up_steps", "lr_cool_down_steps"):  # fmt: skip
+            value = getattr(self, name)
+            if value < 0 or (isinstance(value, float) and value > 1):
+                raise ValueError(f"{name}={value}: give a fraction of all steps in [0, 1], or a whole number of steps")
+        if isinstance(self.lr, dict) and any(rate < 0 for rate in self.lr.values()):
+            raise ValueError(f"lr={self.lr}: rates must not be negative")
+        if not isinstance(self.lr, dict) and self.lr < 0:
+            raise ValueError(f"lr={self.lr}: must not be negative")
+        if not self.auxk_coefficient:
+            self.refuse_without_effect(["k_aux"], "auxk_coefficient is off", info)
+        if self.initial_k is None:
+            schedule = ["k_warmup_steps", "k_cold_booting_steps", "k_schedule_type", "k_exponential_factor"]
+            self.refuse_without_effect(schedule, "initial_k is not set", info)
+        if self.sparsity_loss_type is None:
+            self.refuse_without_effect(
+                ["l1_coefficient", "l1_coefficient_warmup_steps"], "sparsity_loss_type is not set", info
+            )
+        if self.sparsity_loss_type not in ("tanh", "tanh-quad"):
+            self.refuse_without_effect(["tanh_stretch_coefficient"], "only the tanh losses read it", info)
+        if self.sparsity_loss_type != "tanh-quad":
+            self.refuse_without_effect(["frequency_scale"], "only sparsity_loss_type='tanh-quad' reads it", info)
+        if self.sparsity_loss_type != "power":
+            self.refuse_without_effect(["p"], "only sparsity_loss_type='power' reads it", info)
+        return self

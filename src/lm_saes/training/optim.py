@@ -1,0 +1,110 @@
+"""Optimizers and gradient norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lm_saes.errors import ConfigError
+from lm_saes.training.config import TrainerConfig
+
+
+class SparseAdam(Optimizer):
+    """Adam that leaves alone what has no gradient.
+
+    Moments decay everywhere; moments take up the gradient, and weights move, only where the gradient is not zero:
+    `w -= lr sqrt(1 - b2^t)/(1 - b1^t) m / (sqrt(v) + eps)`. A parameter whose gradient is all zero is skipped.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update; the closure, if given, is evaluated first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and bool(p.grad.any()):
+                    self._update(p, group)
+        return loss
+
+    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        state["step"] += 1
+        t, (beta1, beta2) = float(state["step"]), group["betas"]
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        m.mul_(beta1).add_(p.grad, alpha=1 - beta1)
+        v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+        size = group["lr"] * (1 - beta2**t) ** 0.5 / (1 - beta1**t)
+        p.sub_(torch.where(p.grad != 0, size * m / (v.sqrt() + group["eps"]), 0.0))
+
+
+def build_optimizer(cfg: TrainerConfig, dictionary: nn.Module) -> Optimizer:
+    """The optimizer with one group per parameter, each with its name and full learning rate (`base_lr`).
+
+    Raises:
+        ConfigError: `lr` names no parameter or group of this dictionary, or leaves one without a rate.
+    """
+    names = {p: name for name, p in dictionary.named_parameters()}
+    groups: list[dict[str, Any]] = []
+    known = {"default"}
+    for family in dictionary.get_parameters():  # type: ignore[operator]
+        for p in family["params"]:
+            name = names[p]
+            known |= {name, family["name"]}
+            groups.append({"params": [p], "name": name, "base_lr": _rate(cfg, name, family["name"])})
+    if isinstance(cfg.lr, dict) and set(cfg.lr) - known:
+        raise ConfigError(
+            f"lr={cfg.lr}: {sorted(set(cfg.lr) - known)[0]!r} is no parameter or group; use {sorted(known)}"
+        )
+    for group in groups:
+        group["lr"] = group["base_lr"]
+    if cfg.optimizer_class == "sparseadam":
+        return SparseAdam(groups, betas=cfg.betas)
+    if not cfg.optimizer_foreach:
+        return torch.optim.Adam(groups, betas=cfg.betas, foreach=False, fused=False)
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in names)
+    return (
+        torch.optim.Adam(groups, betas=cfg.betas, fused=True)
+        if fused
+        else torch.optim.Adam(groups, betas=cfg.betas, foreach=True)
+    )
+
+
+def _rate(cfg: TrainerConfig, name: str, family: str) -> float:
+    factor = cfg.jumprelu_lr_factor if family == "jumprelu" else 1.0
+    if not isinstance(cfg.lr, dict):
+        return cfg.lr * factor
+    for key in (name, family, "default"):
+        if key in cfg.lr:
+            return cfg.lr[key] * factor
+    raise ConfigError(f"lr={cfg.lr}: gives no rate for {name!r}; add it, its group {family!r}, or 'default'")
+
+
+def gradient_norm(dictionary: nn.Module) -> Tensor:
+    """Global 2-norm of the gradients of all parameters but JumpReLU thresholds (0-d)."""
+    grads = [p.grad for name, p in dictionary.named_parameters()
+             if p.grad is not None and not name.endswith("log_jumprelu_threshold")]  # fmt: skip
+    return torch.nn.utils.get_total_norm(grads)
+
+
+def clip_gradients(dictionary: nn.Module, norm: Tensor, largest: float) -> Tensor:
+    """Scale those gradients down so that their norm is at most `largest`; the norm afterwards (0-d)."""
+    factor = (largest / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1.0)
+    for name, p in dictionary.named_parameters():
+        if p.grad is not None and not name.endswith("log_jumprelu_threshold"):
+            p.grad.mul_(factor)
+    return norm * factor

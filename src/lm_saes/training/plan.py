@@ -1,0 +1,98 @@
+"""A run's plan: what every schedule says at a step, and whether the settings fit the dictionary."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+
+from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
+from lm_saes.errors import ConfigError
+from lm_saes.losses.settings import LossSettings
+from lm_saes.training.config import TrainerConfig
+from lm_saes.training.schedules import active_k, as_steps, checkpoint_steps, coefficient, learning_rate_factor
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The schedules of a run of `total` steps; every method is a pure function of `t`, the updates completed."""
+
+    cfg: TrainerConfig
+    total: int
+
+    def _steps(self, setting: int | float) -> int:
+        return as_steps(setting, self.total)
+
+    def learning_rate_factor(self, t: int) -> float:
+        """What the learning rate is multiplied by."""
+        cfg = self.cfg
+        warm_up, cool_down = self._steps(cfg.lr_warm_up_steps), self._steps(cfg.lr_cool_down_steps)
+        return learning_rate_factor(cfg.lr_scheduler_name, t, self.total, warm_up, cool_down, cfg.lr_end_ratio)
+
+    def k(self, t: int, top_k: int) -> int:
+        """The k of the top-k family."""
+        cfg = self.cfg
+        cold, warm_up = self._steps(cfg.k_cold_booting_steps), self._steps(cfg.k_warmup_steps)
+        return active_k(t, top_k, cfg.initial_k, cold, warm_up, cfg.k_schedule_type, cfg.k_exponential_factor)
+
+    def loss_settings(self, t: int) -> LossSettings:
+        """Weights and shapes of the loss terms."""
+        cfg = self.cfg
+        return LossSettings(
+            sparsity_loss_type=cfg.sparsity_loss_type,
+            tanh_stretch_coefficient=cfg.tanh_stretch_coefficient,
+            frequency_scale=cfg.frequency_scale,
+            p=cfg.p,
+            l1_coefficient=coefficient(cfg.l1_coefficient, t, self._steps(cfg.l1_coefficient_warmup_steps)),
+            lp_coefficient=cfg.lp_coefficient or 0.0,
+            auxk_coefficient=cfg.auxk_coefficient or 0.0,
+            k_aux=cfg.k_aux,
+        )
+
+    @cached_property
+    def checkpoints(self) -> frozenset[int]:
+        """The steps that a checkpoint is scheduled for, besides the last."""
+        return frozenset(checkpoint_steps(self.cfg.n_checkpoints, self.total, self.cfg.check_point_save_mode))
+
+
+def make_plan(cfg: TrainerConfig, tokens_per_step: int) -> Plan:
+    """The plan of a run whose first global batch (times accumulation) holds `tokens_per_step` tokens.
+
+    Raises:
+        ConfigError: there are not enough tokens for one step.
+    """
+    total = cfg.total_training_tokens // tokens_per_step
+    if total < 1:
+        raise ConfigError(
+            f"total_training_tokens={cfg.total_training_tokens}: less than the {tokens_per_step} of one step; raise it"
+        )
+    if cfg.lr_scheduler_name not in ("constant", "cosineannealing") and as_steps(cfg.lr_warm_up_steps, total) >= total:
+        log.warning(
+            "lr_warm_up_steps=%s: the run has %d steps and never reaches the full rate", cfg.lr_warm_up_steps, total
+        )
+    return Plan(cfg, total)
+
+
+def check_settings(cfg: TrainerConfig, dictionary: AbstractSparseAutoEncoder) -> None:
+    """Refuse a combination of settings that makes no sense for this dictionary.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    act_fn, thresholds = dictionary.cfg.act_fn, dictionary.activation_function.log_threshold is not None
+    if cfg.lp_coefficient and not thresholds:
+        raise ConfigError(
+            f"lp_coefficient={cfg.lp_coefficient}: needs learnt thresholds (act_fn='jumprelu'), not act_fn={act_fn!r}"
+        )
+    if cfg.jumprelu_lr_factor != 1 and not thresholds:
+        raise ConfigError(
+            f"jumprelu_lr_factor={cfg.jumprelu_lr_factor}: act_fn={act_fn!r} has no thresholds; remove it"
+        )
+    if cfg.initial_k is not None:
+        top_k, d_sae = dictionary.cfg.top_k, dictionary.cfg.d_sae
+        if dictionary.current_k is None:
+            raise ConfigError(f"initial_k={cfg.initial_k}: act_fn={act_fn!r} has no k; remove it")
+        if not top_k <= cfg.initial_k <= d_sae:
+            raise ConfigError(f"initial_k={cfg.initial_k}: must lie between top_k={top_k} and d_sae={d_sae}")
