@@ -1,0 +1,91 @@
+"""What the language model loses when it reads the dictionary's reconstruction instead of its own activation.
+
+Letters: B contexts, S tokens in a context, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lm_saes.data.language_model import LanguageModel
+from lm_saes.dictionaries.sae import SparseAutoEncoder
+
+TOKENS_PER_FORWARD = 1024
+"""Contexts are run in groups of about this many tokens, which bounds the memory that the logits take."""
+
+
+class DownstreamLoss:
+    """Next-token cross-entropy with the original, the reconstructed and a zeroed activation, and the KL divergence
+    KL(original || reconstructed) of the predictions.
+
+    Only valid positions are replaced. A position counts if its token and the next one are valid: the model predicts
+    the next token there from a replaced activation. Padding is on the right, so causal attention never reads it.
+    """
+
+    def __init__(self, sae: SparseAutoEncoder, model: LanguageModel) -> None:
+        self.sae = sae
+        self.model = model
+        self.n_positions = 0
+        self.original = self.reconstructed = self.ablated = self.kl = 0.0
+
+    def add(self, tokens_BS: Tensor, mask_BS: Tensor) -> None:
+        """Run the model on a batch of contexts three times and add up its losses."""
+        counted = mask_BS[:, :-1] & mask_BS[:, 1:]
+        used = counted.any(1)
+        if not used.any():
+            return
+        n_contexts = max(1, TOKENS_PER_FORWARD // tokens_BS.shape[1])
+        for tokens, mask in zip(tokens_BS[used].split(n_contexts), mask_BS[used].split(n_contexts), strict=True):
+            self._add_group(tokens.to(self.model.device), mask.to(self.model.device))
+
+    def _add_group(self, tokens_BS: Tensor, mask_BS: Tensor) -> None:
+        hook_in, hook_out = self.sae.cfg.hook_point_in, self.sae.cfg.hook_point_out
+        seen: dict[str, Tensor] = {}
+
+        def watch(activation: Tensor) -> Tensor:
+            seen[hook_in] = activation
+            return activation
+
+        def put(value: Tensor, activation: Tensor) -> Tensor:
+            return torch.where(mask_BS[..., None], value.to(activation), activation)
+
+        original = self.model.logits(tokens_BS, replace={hook_in: watch})
+        parameter = next(self.sae.parameters())
+        batch = {
+            hook_in: seen[hook_in].to(parameter),
+            "tokens": tokens_BS.to(parameter.device),
+            "mask": mask_BS.to(parameter.device),
+        }
+        y_hat = self.sae.reconstruct(batch)
+        reconstructed = self.model.logits(tokens_BS, replace={hook_out: lambda activation: put(y_hat, activation)})
+        ablated = self.model.logits(
+            tokens_BS, replace={hook_out: lambda activation: put(torch.zeros_like(activation), activation)}
+        )
+        counted = mask_BS[:, :-1] & mask_BS[:, 1:]
+        for i, positions in enumerate(counted):
+            targets = tokens_BS[i, 1:][positions]
+            log_p, log_q, log_zero = (
+                logits[i, :-1][positions].float().log_softmax(-1) for logits in (original, reconstructed, ablated)
+            )
+            self.n_positions += len(targets)
+            self.original += F.nll_loss(log_p, targets, reduction="sum").item()
+            self.reconstructed += F.nll_loss(log_q, targets, reduction="sum").item()
+            self.ablated += F.nll_loss(log_zero, targets, reduction="sum").item()
+            self.kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
+
+    def metrics(self) -> dict[str, float]:
+        """The downstream metrics, in nats per position. A ratio without a denominator is NaN."""
+        n = self.n_positions or math.nan
+        original, reconstructed, ablated = self.original / n, self.reconstructed / n, self.ablated / n
+        return {
+            "metrics/downstream_loss_original": original,
+            "metrics/downstream_loss_reconstructed": reconstructed,
+            "metrics/downstream_loss_ablated": ablated,
+            "metrics/downstream_loss_ratio": (ablated - original) / (ablated - reconstructed or math.nan),
+            "metrics/downstream_loss_recovered": (ablated - reconstructed) / (ablated - original or math.nan),
+            "metrics/downstream_kl": self.kl / n,
+        }

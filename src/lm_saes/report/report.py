@@ -1,0 +1,194 @@
+"""Writes `report.html`: one self-contained page about a run, which opens offline."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_saes.files import write_text
+from lm_saes.report.figures import curve_charts, downstream_chart, frequency_chart
+from lm_saes.report.run import Run
+
+
+@dataclass(frozen=True)
+class Card:
+    """A headline number."""
+
+    label: str
+    value: str
+    note: str
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into `run_dir` from the files there, and return its path.
+
+    Only `metrics.jsonl` has to exist; what the other files (`evaluation.json`, `latents.json`, `config.json`,
+    `settings.json`, `provenance.json`) would tell is left out where they are absent.
+
+    Raises:
+        DataError: `metrics.jsonl` is absent, or a file is not what it should be.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    run = Run.read(Path(run_dir))
+    curves = curve_charts(run)
+    evaluation = [chart for chart in (frequency_chart(run), downstream_chart(run)) if chart is not None]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = environment.get_template("template.html").render(
+        title=run.settings.get("sae_name") or run.path.resolve().name,
+        subtitle=_subtitle(run),
+        cards=[asdict(card) for card in _cards(run)],
+        curves=curves,
+        evaluation_charts=evaluation,
+        figures={chart.id: chart.figure for chart in curves + evaluation},
+        latents=[_shown(latent) for latent in run.latents],
+        tables=_tables(run),
+        plotly=Markup(get_plotlyjs()),
+    )
+    target = run.path / "report.html"
+    write_text(target, html)
+    return target
+
+
+def _subtitle(run: Run) -> list[str]:
+    """What was trained on what, in a few short phrases."""
+    cfg = run.dictionary
+    kind = {"sae": "sparse autoencoder"}.get(str(cfg.get("sae_type")), cfg.get("sae_type"))
+    hook_in, hook_out = cfg.get("hook_point_in"), cfg.get("hook_point_out")
+    if kind and hook_in != hook_out:
+        kind = "transcoder"
+    act_fn = cfg.get("act_fn")
+    k = f", k = {cfg['top_k']}" if act_fn and "topk" in act_fn and "top_k" in cfg else ""
+    model = (run.settings.get("model") or {}).get("model_name") or run.settings.get("model_name")
+    phrases = [
+        f"{act_fn} {kind}{k}" if act_fn and kind else "",
+        f"{cfg['d_model']:,} → {run.n_latents:,} latents" if "d_model" in cfg and run.n_latents else "",
+        (hook_in if hook_in == hook_out else f"{hook_in} → {hook_out}") if hook_in else "",
+        model or "",
+    ]
+    return [phrase for phrase in phrases if phrase]
+
+
+def _cards(run: Run) -> list[Card]:
+    """The headline numbers: held out where an evaluation exists, else the last training report's."""
+    cards = []
+    n_evaluated = run.evaluated("details/n_evaluated_tokens")
+    on_held_out = f"on {n_evaluated:,.0f} held-out tokens" if n_evaluated else "held out"
+    for label, name, digits in (("Explained variance", "metrics/explained_variance", 3), ("L0", "metrics/l0", 1)):
+        held_out, trained = run.evaluated(name), run.last(name)
+        if held_out is not None:
+            training = f"; training {trained:.{digits}f}" if trained is not None else ""
+            cards.append(Card(label, f"{held_out:.{digits}f}", on_held_out + training))
+        elif trained is not None:
+            cards.append(Card(label, f"{trained:.{digits}f}", "last training report"))
+    dead, silent = run.last("sparsity/dead"), run.evaluated("sparsity/silent")
+    if dead is not None:
+        unseen = f"; {silent:.1%} silent on held-out text" if silent is not None else ""
+        value = f"{dead / run.n_latents:.1%}" if run.n_latents else f"{dead:,.0f}"
+        count = f"{dead:,.0f} of {run.n_latents:,}" if run.n_latents else "latents, at the last report"
+        cards.append(Card("Dead latents", value, count + unseen))
+    elif silent is not None:
+        cards.append(Card("Silent latents", f"{silent:.1%}", f"never active {on_held_out}"))
+    recovered = run.evaluated("metrics/downstream_loss_recovered")
+    if recovered is not None:
+        kl = run.evaluated("metrics/downstream_kl")
+        cards.append(
+            Card("Loss recovered", f"{recovered:.1%}", f"KL {kl:.3f} nats" if kl is not None else "downstream")
+        )
+    tokens, steps = run.last("details/n_training_tokens"), run.last("step")
+    if tokens is not None:
+        cards.append(Card("Training tokens", _compact(tokens), f"{steps:,.0f} steps"))
+    seconds = _training_seconds(run)
+    if tokens and seconds:
+        cards.append(Card("Training time", _duration(seconds), f"{_compact(tokens / seconds)} tokens/s on average"))
+    return cards
+
+
+def _training_seconds(run: Run) -> float:
+    """Time spent training, from the tokens and the rate of each report: pauses of a resumed run do not count."""
+    seconds, before = 0.0, 0.0
+    for row in run.rows:
+        tokens, rate = row.get("details/n_training_tokens"), row.get("details/tokens_per_second")
+        if tokens and rate:
+            seconds, before = seconds + (tokens - before) / rate, tokens
+    return seconds
+
+
+def _compact(number: float) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {whole % 60:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _shown(latent: dict[str, Any]) -> dict[str, Any]:
+    """A latent as the template shows it: every snippet as runs of text (text, activation, share of the strongest)."""
+    strongest = latent["max_activation"] or 1.0
+    lines = []
+    for snippet in latent["snippets"]:
+        pieces = [
+            (_visible(token), activation, round(max(0.0, activation) / strongest, 2))
+            for token, activation in zip(snippet["tokens"], snippet["activations"], strict=True)
+        ]
+        i = snippet["peak"]
+        peak = {"text": pieces[i][0] or "◌", "activation": pieces[i][1]}
+        lines.append({"left": _runs(pieces[:i]), "peak": peak, "right": _runs(pieces[i + 1 :])})
+    return {**latent, "every": 1 / latent["frequency"] if latent["frequency"] else 0.0, "lines": lines}
+
+
+def _visible(token: str) -> str:
+    return token.replace("\n", "⏎").replace("\r", "").replace("\t", "⇥")
+
+
+def _runs(pieces: list[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
+    """Neighbouring tokens without an activation joined into one piece, which keeps the page small."""
+    runs: list[tuple[str, float, float]] = []
+    for text, activation, share in pieces:
+        if activation <= 0 and runs and runs[-1][1] <= 0:
+            text = runs.pop()[0] + text
+        runs.append((text, activation, share))
+    return runs
+
+
+def _tables(run: Run) -> list[dict[str, Any]]:
+    """The collapsible tables: titles and (name, value) rows."""
+    final = {name: value for row in run.rows for name, value in row.items() if name not in ("step", "time")}
+    parts = [
+        ("Held-out metrics", _flat(run.evaluation)),
+        ("Training metrics, last reported", _flat(final)),
+        ("Settings", _flat(run.settings or run.config)),
+        ("Versions and provenance", _flat({k: v for k, v in run.provenance.items() if k != "metrics"})),
+    ]
+    return [{"title": title, "rows": rows} for title, rows in parts if rows]
+
+
+def _flat(value: Any, path: str = "") -> list[tuple[str, str]]:
+    """Nested values as (a.b.c, text) rows."""
+    if isinstance(value, dict) and value:
+        return [row for key, item in value.items() for row in _flat(item, f"{path}.{key}" if path else str(key))]
+    if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        return [row for i, item in enumerate(value) for row in _flat(item, f"{path}.{i}")]
+    if not path:
+        return []
+    if isinstance(value, float):
+        return [(path, f"{value:.6g}")]
+    if isinstance(value, list):
+        return [(path, ", ".join(map(str, value)) or "empty")]
+    return [(path, "not set" if value is None else str(value))]
