@@ -1,4 +1,4 @@
-"""The exceptions that a person sees. Each message names the setting, its value, the rule and the remedy, in one line."""
+"""The exceptions that a person sees. A message names the setting, its value, the rule and the remedy, in one line."""
 
 
 class LMSaesError(Exception):

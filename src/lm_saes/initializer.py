@@ -31,9 +31,9 @@ class InitializerConfig(BaseConfig):
 
     bias_init_method: Literal["all_zero", "geometric_median"] = "all_zero"
     """Decoder bias: zero, or the geometric median of the labels of one batch."""
-    decoder_uniform_bound: float = Field(1.0, gt=0)
+    decoder_uniform_bound: float = Field(default=1.0, gt=0)
     """Decoder weights are drawn uniformly within plus and minus this."""
-    encoder_uniform_bound: float = Field(1.0, gt=0)
+    encoder_uniform_bound: float = Field(default=1.0, gt=0)
     """Encoder weights are drawn uniformly within plus and minus this."""
     init_encoder_with_decoder_transpose: bool = True
     """Tie the fresh encoder to the decoder: `W_E = factor x W_D^T`."""
@@ -45,13 +45,13 @@ class InitializerConfig(BaseConfig):
     """Set decoder norms to the value with the least reconstruction loss on one batch."""
     initialize_W_D_with_active_subspace: bool = False
     """Draw decoder directions within the directions of most variance of the labels."""
-    d_active_subspace: int | None = Field(None, gt=0)
+    d_active_subspace: int | None = Field(default=None, gt=0)
     """How many directions those are."""
     initialize_lorsa_with_mhsa: bool | None = None
     """Lorsa only: start from the model's own attention weights."""
     initialize_tc_with_mlp: bool | None = None
     """Transcoder only: start decoder directions from the model's own MLP."""
-    model_layer: int | None = Field(None, ge=0)
+    model_layer: int | None = Field(default=None, ge=0)
     """Layer of the model that those weights come from."""
     init_encoder_bias_with_mean_hidden_pre: bool = False
     """Set the encoder bias to minus the mean pre-activation of one batch."""
@@ -117,9 +117,13 @@ class Initializer:
             check_batch(batch, dict.fromkeys(cfg.associated_hook_points, cfg.d_model))
         if cfg.norm_activation == "dataset-wise":
             if activation_norm is None and not batches:
-                raise ConfigError("norm_activation='dataset-wise': give activation_norm, or an activation_stream to measure it")
-            hooks = cfg.associated_hook_points
-            sae.set_dataset_average_activation_norm(activation_norm or average_norms(batches, hooks))
+                raise ConfigError(
+                    "norm_activation='dataset-wise': give activation_norm, or an activation_stream to measure it"
+                )
+            measured = (
+                average_norms(batches, cfg.associated_hook_points) if activation_norm is None else activation_norm
+            )
+            sae.set_dataset_average_activation_norm(measured)
         if self._looks_at_a_batch():
             if not batches:
                 raise DataError("activation_stream: initialisation looks at a batch, and there is none; give a stream")
@@ -140,9 +144,11 @@ class Initializer:
         if self.cfg.bias_init_method == "geometric_median":
             sae.init_decoder_bias_with_geometric_median(batch)
         if self.cfg.grid_search_init_norm:
+            running = {name: buffer.clone() for name, buffer in sae.named_buffers()}
             best = self._search_norm(sae, batch, COARSE_NORMS)
             fine = torch.linspace(best - 0.09, best + 0.1, FINE_STEPS).tolist()
             best = self._search_norm(sae, batch, fine)
+            sae.load_state_dict(running, strict=False)  # running thresholds begin with training, not with the search
             log.info("best_norm_fine_grained=%.4g: the decoder norm of least reconstruction loss", best)
             if wandb_logger is not None:
                 wandb_logger.log({"best_norm_fine_grained": best})
@@ -181,9 +187,15 @@ class Initializer:
     def _check(self, cfg: BaseSAEConfig) -> None:
         if self.cfg.init_log_jumprelu_threshold_value is not None and cfg.act_fn != "jumprelu":
             value = self.cfg.init_log_jumprelu_threshold_value
-            raise ConfigError(f"init_log_jumprelu_threshold_value={value}: act_fn={cfg.act_fn!r} has no thresholds; remove it")
+            raise ConfigError(
+                f"init_log_jumprelu_threshold_value={value}: act_fn={cfg.act_fn!r} has no thresholds; remove it"
+            )
         if self.cfg.bias_init_method != "all_zero" and not cfg.use_decoder_bias:
-            raise ConfigError(f"bias_init_method={self.cfg.bias_init_method!r}: use_decoder_bias is off; there is no bias to set")
+            raise ConfigError(
+                f"bias_init_method={self.cfg.bias_init_method!r}: use_decoder_bias is off; there is no bias to set"
+            )
         for name in ("initialize_lorsa_with_mhsa", "initialize_tc_with_mlp"):
             if getattr(self.cfg, name):
-                raise ConfigError(f"{name}=True: initialisation from the model's weights is not available yet; remove it")
+                raise ConfigError(
+                    f"{name}=True: initialisation from the model's weights is not available yet; remove it"
+                )

@@ -25,6 +25,7 @@ from lm_saes.errors import ConfigError
 from lm_saes.evaluation.evaluator import EvalConfig, Evaluation, Evaluator, numbers, write_evaluation
 from lm_saes.files import write_text
 from lm_saes.initializer import Initializer
+from lm_saes.memory import keep_freed_memory
 from lm_saes.report.report import write_report
 from lm_saes.settings import (
     EvaluateSAESettings,
@@ -38,11 +39,18 @@ from lm_saes.trainer import Trainer
 from lm_saes.training.checkpoint import saved_steps
 from lm_saes.training.loggers import ConsoleLogger, JsonlLogger, Loggers, TensorBoardLogger, WandbLogger
 
-__all__ = ["EvaluateSAESettings", "GenerateActivationsSettings", "TrainSAESettings", "evaluate_sae", "generate_activations", "train_sae"]
+__all__ = [
+    "EvaluateSAESettings",
+    "GenerateActivationsSettings",
+    "TrainSAESettings",
+    "evaluate_sae",
+    "generate_activations",
+    "train_sae",
+]
 
 
 def train_sae(settings: TrainSAESettings) -> AbstractSparseAutoEncoder:
-    """Train a sparse autoencoder or transcoder; the run's directory then holds weights, metrics, evaluation and report."""
+    """Train a sparse autoencoder or transcoder; the run's directory then holds weights, metrics and report."""
     return _train(settings)
 
 
@@ -52,7 +60,9 @@ def _train(settings: TrainSettings) -> AbstractSparseAutoEncoder:
     if settings.resume:
         trainer_cfg.from_pretrained_path = trainer_cfg.from_pretrained_path or str(run)
     elif saved_steps(run) or (run / "sae_weights.safetensors").exists():
-        raise ConfigError(f"trainer.exp_result_path={str(run)!r}: holds a run already; go on with --resume, remove it, or name another")
+        raise ConfigError(
+            f"trainer.exp_result_path={str(run)!r}: holds a run already; resume it, remove it, or name another"
+        )
     cfg = settings.sae.model_copy(update={"device": settings.device_type})
     model = None if settings.model is None else _load_model(settings.model, settings.device_type)
     datasets = {source.name: settings.datasets[source.name] for source in _dataset_sources(settings)}
@@ -65,10 +75,13 @@ def _train(settings: TrainSettings) -> AbstractSparseAutoEncoder:
             sae = AbstractSparseAutoEncoder.from_config(cfg)
         trainer = Trainer(trainer_cfg)
         evaluation = _HeldOut(settings.eval, model, settings.datasets) if settings.eval and model else None
-        trainer.fit(sae, stream, eval_fn=evaluation, loggers=_loggers(settings, run))
+        ended_early = trainer.fit(sae, stream, eval_fn=evaluation, loggers=_loggers(settings, run))
         provenance = {"model": {} if model is None else model.provenance(), "data": stream.provenance()}
-    result: Evaluation = evaluation.latest(sae, trainer.cur_step) if evaluation else {}
+    result: Evaluation = {}
     if evaluation:
+        if ended_early or not evaluation.last:  # else the last step was evaluated
+            evaluation(sae)
+        result = evaluation.last
         write_evaluation(run, result)
     _write_json(run / "provenance.json", {**_versions(), **provenance, "tokens": trainer.cur_tokens,
                                           "steps": trainer.cur_step, "metrics": numbers(result)})  # fmt: skip
@@ -81,18 +94,12 @@ class _HeldOut:
 
     def __init__(self, cfg: EvalConfig, model: LanguageModel, datasets: Mapping[str, DatasetConfig]) -> None:
         self.cfg, self.model, self.datasets = cfg, model, datasets
-        self._last: Evaluation = {}
+        self.last: Evaluation = {}
 
     def __call__(self, sae: AbstractSparseAutoEncoder) -> dict[str, float]:
-        self._last = evaluate_held_out(sae, self.cfg, self.model, self.datasets)
+        self.last = evaluate_held_out(sae, self.cfg, self.model, self.datasets)
         return {name.replace("metrics/", "eval/") if "downstream" not in name else name: value
-                for name, value in numbers(self._last).items()}  # fmt: skip
-
-    def latest(self, sae: AbstractSparseAutoEncoder, step: int) -> Evaluation:
-        """The evaluation of the dictionary as it is now."""
-        if not self._last:
-            self(sae)
-        return self._last
+                for name, value in numbers(self.last).items()}  # fmt: skip
 
 
 def evaluate_held_out(
@@ -115,7 +122,14 @@ def evaluate_held_out(
 
 def generate_activations(settings: GenerateActivationsSettings) -> Path:
     """Write the activations of a language model reading text to a cache directory, and return it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     model = load_language_model(settings.model)
     with _stream(settings.activation_factory, settings.seed, model, settings.datasets) as stream, Progress(
@@ -151,12 +165,15 @@ def train_settings_class(sae_type: Any) -> type[TrainSettings]:
     """The settings of a training run for a kind of dictionary."""
     BaseSAEConfig.kind(sae_type)
     if sae_type not in TrainSettings.kinds:
-        raise ConfigError(f"sae.sae_type={sae_type!r}: has no training run; use one of {', '.join(TrainSettings.kinds)}")
+        raise ConfigError(
+            f"sae.sae_type={sae_type!r}: has no training run; use one of {', '.join(TrainSettings.kinds)}"
+        )
     return TrainSettings.kinds[sae_type]
 
 
 def train_from_config(data: dict[str, Any], *, resume: bool = False) -> Path:
     """Train what a config file describes; returns the path of the report."""
+    keep_freed_memory()
     sae = data.get("sae")
     sae_type = sae.get("sae_type", "sae") if isinstance(sae, dict) else "sae"
     settings = build(train_settings_class(sae_type), data | ({"resume": True} if resume else {}))
@@ -166,11 +183,13 @@ def train_from_config(data: dict[str, Any], *, resume: bool = False) -> Path:
 
 def generate_from_config(data: dict[str, Any]) -> Path:
     """Generate what a config file describes; returns the cache directory."""
+    keep_freed_memory()
     return generate_activations(build(GenerateActivationsSettings, data))
 
 
 def evaluate_from_config(data: dict[str, Any]) -> dict[str, float]:
     """Evaluate what a config file describes; returns the metrics."""
+    keep_freed_memory()
     return evaluate_sae(build(EvaluateSAESettings, data))
 
 
@@ -181,7 +200,9 @@ def _dataset_sources(settings: TrainSettings) -> list[ActivationFactoryDatasetSo
     sources = settings.activation_factory.dataset_sources
     for source in sources:
         if source.name not in settings.datasets:
-            raise ConfigError(f"activation_factory.sources: no dataset {source.name!r}; datasets has {sorted(settings.datasets)}")
+            raise ConfigError(
+                f"activation_factory.sources: no dataset {source.name!r}; datasets has {sorted(settings.datasets)}"
+            )
     return sources
 
 

@@ -43,9 +43,9 @@ class TrainSettings(BaseConfig):
     """Log to Weights & Biases (`WANDB_MODE=offline` works too)."""
     eval: EvalConfig | None = None
     """Evaluate on held-out text every `trainer.eval_frequency` steps and at the end."""
-    data_parallel_size: int = Field(1, ge=1)
+    data_parallel_size: int = Field(default=1, ge=1)
     """Processes that share each batch."""
-    model_parallel_size: int = Field(1, ge=1)
+    model_parallel_size: int = Field(default=1, ge=1)
     """Processes that share the latents."""
     model: LanguageModelConfig | None = None
     """The language model; not needed to train on cached activations."""
@@ -59,7 +59,7 @@ class TrainSettings(BaseConfig):
     """Fixes initialisation, order of the data and shuffling."""
     resume: bool = False
     """Go on from the newest checkpoint in `trainer.exp_result_path`."""
-    loggers: list[Literal["console", "tensorboard"]] = ["console"]
+    loggers: list[Literal["console", "tensorboard"]] = Field(default=["console"])
     """Where reports go besides `metrics.jsonl` (and W&B, if `wandb` is set)."""
 
     @classmethod
@@ -74,7 +74,9 @@ class TrainSettings(BaseConfig):
             sizes = f"data_parallel_size={self.data_parallel_size}, model_parallel_size={self.model_parallel_size}"
             raise ValueError(f"{sizes}: training over several processes is not available yet; leave both at 1")
         if self.activation_factory.target == ActivationFactoryTarget.TOKENS:
-            raise ValueError("activation_factory.target='tokens': holds no activations; use activations-1d or activations-2d")
+            raise ValueError(
+                "activation_factory.target='tokens': holds no activations; use activations-1d or activations-2d"
+            )
         missing = set(self.sae.associated_hook_points) - set(self.activation_factory.hook_points)
         if missing:
             raise ValueError(f"activation_factory.hook_points: the dictionary also needs {sorted(missing)}; add it")
@@ -125,7 +127,9 @@ def check_evaluation(model: LanguageModelConfig | None, datasets: dict[str, Data
     if model is None:
         raise ConfigError("eval: needs a language model to read held-out text; add [model], or leave [eval] out")
     if not held_out(datasets):
-        raise ConfigError("eval: no dataset keeps documents apart; set datasets.<name>.held_out_fraction, or leave [eval] out")
+        raise ConfigError(
+            "eval: no dataset keeps documents apart; set datasets.<name>.held_out_fraction, or leave [eval] out"
+        )
 
 
 def held_out(datasets: dict[str, DatasetConfig]) -> dict[str, DatasetConfig]:

@@ -69,7 +69,11 @@ def test_every_chart_is_drawn(browser: webdriver.Chrome):
         drawn = chart.find_element(By.CSS_SELECTOR, "svg.main-svg").size
         assert drawn["width"] > 200 and drawn["height"] > 150, chart.get_attribute("id")
     for name in CHARTS - {"frequency", "downstream"}:
-        assert visible(browser, f"#{name} .scatterlayer path.js-line"), name
+        lines = browser.execute_script(
+            "return [...document.querySelectorAll(arguments[0])].map((path) => path.getTotalLength());",
+            f"#{name} .scatterlayer path.js-line",
+        )
+        assert lines and max(lines) > 50, name
     for name in ("frequency", "downstream"):
         assert visible(browser, f"#{name} .barlayer .point path"), name
 

@@ -127,8 +127,8 @@ class CachedSource:
 
     Without `shuffle` (seed and device), every epoch goes through the text in order. With it, each epoch has its own
     order: of the shards and of the rows in each; or, with `whole`, of all rows, which are then read into memory.
-    Shuffled activations come in `dtype` (None: the cache's). With `whole`, pieces never cross a multiple of `piece` rows,
-    counted over epochs, so that they are batches when `piece` is the batch size.
+    Shuffled activations come in `dtype` (None: the cache's). With `whole`, pieces never cross a multiple of `piece`
+    rows, counted over epochs, so that they are batches when `piece` is the batch size.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class HuggingFaceLanguageModel(LanguageModel):
         self._set_special_tokens()
         self._hook_points = HookPoints(self._model, config)
         self._widths: dict[str, int] = {}
+        self._one_pass_at_a_time = Lock()  # hooks belong to a pass: another thread's pass must not meet them
 
     def _set_special_tokens(self) -> None:
         cfg = self.cfg
@@ -120,7 +122,7 @@ class HuggingFaceLanguageModel(LanguageModel):
                 if len(found) == len(sites):
                     raise _Stop
 
-        with ExitStack() as hooks:
+        with self._one_pass_at_a_time, ExitStack() as hooks:
             for site in sites:
                 hooks.enter_context(site.attach(lambda activation, name=site.name: keep(name, activation)))
             try:
@@ -138,7 +140,7 @@ class HuggingFaceLanguageModel(LanguageModel):
         replace: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     ) -> Tensor:
         self._check_input(tokens, attention_mask)
-        with ExitStack() as hooks:
+        with self._one_pass_at_a_time, ExitStack() as hooks:
             for name, function in (replace or {}).items():
                 hooks.enter_context(self._hook_points.find(name).attach(function))
             return self._model(input_ids=tokens.to(self.device), use_cache=False).logits

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lm_saes.dictionaries.config import BaseSAEConfig
-from lm_saes.dictionaries.files import WEIGHTS, check_fit, load_weights, save_tensors
+from lm_saes.dictionaries.files import Stored, load_weights
 from lm_saes.dictionaries.loss_result import LossResult
-from lm_saes.dictionaries.normalization import batch_wise_factor, token_wise_factor
+from lm_saes.dictionaries.normalization import Normalizing
 from lm_saes.dictionaries.record import Record
-from lm_saes.errors import ConfigError, DataError
+from lm_saes.errors import ConfigError
 from lm_saes.latents.activations import ActivationFunction
 from lm_saes.latents.axis import LatentAxis
 from lm_saes.latents.codes import Code
@@ -28,11 +28,9 @@ from lm_saes.losses.objective import objective
 from lm_saes.losses.settings import LossSettings
 
 logger = logging.getLogger(__name__)
-_NORM_KEY = "dataset_average_activation_norm."
-_OPTIONAL_KEYS = {"activation_function.batch_topk_threshold"}
 
 
-class AbstractSparseAutoEncoder(nn.Module, ABC):
+class AbstractSparseAutoEncoder(Normalizing, Stored, ABC):
     """A dictionary of sparse latents for a language model's activations.
 
     Activations come as a batch: a mapping from hook point to `[batch, d]` or `[batch, seq, d]`, with `tokens` and an
@@ -50,10 +48,9 @@ class AbstractSparseAutoEncoder(nn.Module, ABC):
 
     def __init__(self, cfg: BaseSAEConfig) -> None:
         super().__init__()
-        self.cfg: BaseSAEConfig = cfg.model_copy()
+        self.cfg = cfg.model_copy()
         self.axis = LatentAxis()
         self.activation_function = ActivationFunction.registry[cfg.act_fn](cfg)
-        self.dataset_average_activation_norm: dict[str, float] | None = None
 
     # -- the mathematics of a kind ---------------------------------------------------------------------------------
 
@@ -161,10 +158,9 @@ class AbstractSparseAutoEncoder(nn.Module, ABC):
         """One forward pass over raw activations."""
         return self.make_record(self.normalize_activations(batch))
 
+    @abstractmethod
     def reconstruct(self, batch: Mapping[str, Any]) -> Tensor:
-        """Raw activations in, raw reconstruction out (shaped like the label)."""
-        flat = self.record(batch).reconstruction
-        return self.denormalize_activations(batch, flat.view(self.prepare_label(batch).shape))
+        """Raw activations in, raw reconstruction out, in every mode; of `batch` only what is read needs to be there."""
 
     def compute_loss(
         self,
@@ -206,51 +202,13 @@ class AbstractSparseAutoEncoder(nn.Module, ABC):
         """What selection multiplies `h` by: the decoder norms with gating, else None (no gradient either way)."""
         return norm.detach() if self.cfg.sparsity_include_decoder_norm else None
 
-    # -- normalisation ---------------------------------------------------------------------------------------------
-
-    def compute_norm_factor(self, x: Tensor, hook_point: str, mask: Tensor | None = None) -> Tensor:
-        """The factor that `norm_activation` scales `x` by (0-d, or `[..., 1]` if token-wise)."""
-        match self.cfg.norm_activation:
-            case "token-wise":
-                return token_wise_factor(x)
-            case "batch-wise":
-                return batch_wise_factor(x, mask)
-            case "inference":
-                return x.new_ones(())
-        norms = self.dataset_average_activation_norm
-        if norms is None or hook_point not in norms:
-            raise ConfigError(
-                f"norm_activation='dataset-wise': no average norm is known for {hook_point!r}; "
-                "call set_dataset_average_activation_norm, or let the Initializer measure it"
-            )
-        return x.new_tensor(self.cfg.d_model**0.5 / norms[hook_point])
-
-    def normalize_activations(
-        self, batch: Mapping[str, Any], return_scale_factor: bool = False
-    ) -> dict[str, Any] | tuple[dict[str, Any], dict[str, Tensor]]:
-        """The batch with every hook point of this dictionary that it holds scaled and in the parameters' type."""
-        scaled, factors = dict(batch), dict[str, Tensor]()
-        for hook in self.cfg.associated_hook_points:
-            if hook in batch:
-                x = batch[hook].to(self.cfg.dtype)
-                factors[hook] = self.compute_norm_factor(x, hook, batch.get("mask"))
-                scaled[hook] = x if self.cfg.norm_activation == "inference" else x * factors[hook]
-        return (scaled, factors) if return_scale_factor else scaled
-
-    def set_dataset_average_activation_norm(self, norms: Mapping[str, float]) -> None:
-        """Set the mean norm of each hook point's raw activations."""
-        missing = [hook for hook in self.cfg.associated_hook_points if not float(norms.get(hook, 0)) > 0]
-        if missing:
-            raise DataError(f"activation norms {dict(norms)}: hook point {missing[0]!r} has no positive average norm")
-        self.dataset_average_activation_norm = {hook: float(norms[hook]) for hook in self.cfg.associated_hook_points}
-
     # -- parameters, saving, loading -------------------------------------------------------------------------------
 
     def set_current_k(self, current_k: int) -> None:
         """Set the k that the top-k family uses now."""
         if not hasattr(self.activation_function, "k"):
             raise ConfigError(f"act_fn={self.cfg.act_fn!r} has no k to set")
-        self.activation_function.k = current_k
+        self.activation_function.k = current_k  # type: ignore[assignment]
 
     @property
     def current_k(self) -> int | None:
@@ -264,35 +222,6 @@ class AbstractSparseAutoEncoder(nn.Module, ABC):
         others = [p for name, p in named.items() if not name.endswith("log_jumprelu_threshold")]
         groups = [{"params": others, "name": "others"}]
         return [*groups, {"params": thresholds, "name": "jumprelu"}] if thresholds else groups
-
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """Every tensor that defines this dictionary, under its name in files."""
-        norms = self.dataset_average_activation_norm or {}
-        extra = {_NORM_KEY + hook: torch.tensor(norm, dtype=torch.float64) for hook, norm in norms.items()}
-        return {**self.state_dict(), **extra}
-
-    def load_full_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
-        """Load what `full_state_dict` gave.
-
-        Raises:
-            CheckpointError: with `strict`, names are missing or unexpected; in any case, if shapes differ.
-        """
-        norms = {name.removeprefix(_NORM_KEY): float(t) for name, t in state.items() if name.startswith(_NORM_KEY)}
-        rest = {name: t for name, t in state.items() if not name.startswith(_NORM_KEY)}
-        check_fit(self.state_dict(), rest, strict, optional=_OPTIONAL_KEYS)
-        self.load_state_dict(rest, strict=False)
-        if norms:
-            self.dataset_average_activation_norm = norms
-
-    def save_checkpoint(self, path: str | Path) -> None:
-        """Write the weights to one safetensors file."""
-        save_tensors(self.full_state_dict(), path)
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write `sae_weights.safetensors` and `config.json`, as trained (nothing folded)."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        self.save_checkpoint(Path(directory, WEIGHTS))
-        self.cfg.save_hyperparameters(directory)
 
     @classmethod
     def from_config(cls, cfg: BaseSAEConfig, device_mesh: Any = None) -> Self:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
-from lm_saes.config import LENIENT, BaseConfig, DType
+from lm_saes.config import LENIENT, BaseConfig, DType, describe
 from lm_saes.errors import CheckpointError, ConfigError
 from lm_saes.latents.activations import ActivationFunction
 
@@ -36,20 +36,21 @@ class BaseSAEConfig(BaseConfig):
     use_decoder_bias: bool = True
     """Whether the decoder adds a learnt bias."""
     act_fn: str = "relu"
-    """Activation function: `relu`, `jumprelu`, `topk` or `batchtopk` (CLT and crosscoder also `layertopk`, `batchlayertopk`)."""
+    """Activation function: `relu`, `jumprelu`, `topk`, `batchtopk` (CLT, crosscoder: `layertopk batchlayertopk`)."""
     norm_activation: NormActivation = "dataset-wise"
-    """How activations are scaled to an average norm of sqrt(d_model): per token, per batch, by one measured factor, or not at all."""
+    """How activations are brought to an average norm of sqrt(d_model): per token, per batch, by one measured factor, or
+    (`inference`) not at all."""
     sparsity_include_decoder_norm: bool = True
     """Gating: select latents, and weigh them in sparsity losses, by activation times decoder norm."""
-    top_k: int = Field(50, gt=0)
+    top_k: int = Field(default=50, gt=0)
     """Active latents per token for the top-k family (on average, for the batch-wide ones)."""
-    jumprelu_threshold_window: float = Field(2.0, gt=0)
+    jumprelu_threshold_window: float = Field(default=2.0, gt=0)
     """Width of the window around a JumpReLU threshold in which entries move it."""
     use_triton_kernel: bool = False
     """Kept for old configs; the sparse path is chosen automatically."""
     sparsity_threshold_for_triton_spmm_kernel: float = 0.996
     """Kept for old configs; the sparse path is chosen automatically."""
-    device: str = Field("cpu", exclude=True)
+    device: str = Field(default="cpu", exclude=True)
     """Where the parameters are made (not saved)."""
     dtype: DType = torch.float32
     """Type of the parameters; thresholds are always float32."""
@@ -117,10 +118,17 @@ class BaseSAEConfig(BaseConfig):
 
         Raises:
             CheckpointError: there is no readable `config.json`.
+            ConfigError: what it says, or an override, is not a config.
         """
         file = Path(path, "config.json")
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file}: cannot be read as a dictionary's config ({error})") from error
-        return cls.kind(data.get("sae_type")).model_validate(data | overrides, context=LENIENT)
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{file}: holds no table of settings; is it a dictionary's config?")
+        data |= overrides
+        try:
+            return cls.kind(data.get("sae_type")).model_validate(data, context=LENIENT)
+        except ValidationError as error:
+            raise ConfigError(f"{file}: {describe(error, data)}") from error

@@ -9,12 +9,53 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.errors import CheckpointError
 from lm_saes.files import drafted
 
 WEIGHTS = "sae_weights.safetensors"
+_NORM_KEY = "dataset_average_activation_norm."
+_OPTIONAL_KEYS = frozenset({"activation_function.batch_topk_threshold"})
+
+
+class Stored(nn.Module):
+    """The part of a dictionary that turns it into named tensors and files, and back."""
+
+    cfg: BaseSAEConfig
+    dataset_average_activation_norm: dict[str, float] | None
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Every tensor that defines this dictionary, under its name in files."""
+        norms = self.dataset_average_activation_norm or {}
+        extra = {_NORM_KEY + hook: torch.tensor(norm, dtype=torch.float64) for hook, norm in norms.items()}
+        return {**self.state_dict(), **extra}
+
+    def load_full_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
+        """Load what `full_state_dict` gave.
+
+        Raises:
+            CheckpointError: with `strict`, names are missing or unexpected; in any case, if shapes differ.
+        """
+        norms = {name: t.squeeze() for name, t in state.items() if name.startswith(_NORM_KEY)}
+        weights = {name: t for name, t in state.items() if name not in norms}
+        wanted = dict.fromkeys([_NORM_KEY + hook for hook in self.cfg.associated_hook_points], torch.zeros(()))
+        unused = wanted.keys() if self.cfg.norm_activation != "dataset-wise" else set[str]()
+        check_fit({**self.state_dict(), **wanted}, {**weights, **norms}, strict, optional=_OPTIONAL_KEYS | unused)
+        self.load_state_dict(weights, strict=False)
+        if norms:
+            self.dataset_average_activation_norm = {name.removeprefix(_NORM_KEY): float(t) for name, t in norms.items()}
+
+    def save_checkpoint(self, path: str | Path) -> None:
+        """Write the weights to one safetensors file."""
+        save_tensors(self.full_state_dict(), path)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `sae_weights.safetensors` and `config.json`, as trained (nothing folded)."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        self.save_checkpoint(Path(directory, WEIGHTS))
+        self.cfg.save_hyperparameters(directory)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:

@@ -3,26 +3,85 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lm_saes.dictionaries.config import BaseSAEConfig
+from lm_saes.errors import ConfigError, DataError
 
 NORM_BATCHES = 8
 """Batches over which the dataset-wise norm is measured."""
 
 
+class Normalizing(nn.Module):
+    """The part of a dictionary that brings raw activations to an average norm of sqrt(d_model)."""
+
+    cfg: BaseSAEConfig
+    dataset_average_activation_norm: dict[str, float] | None = None
+    """Mean norm of each hook point's raw activations, for `norm_activation="dataset-wise"`; None: not known."""
+
+    def compute_norm_factor(self, x: Tensor, hook_point: str, mask: Tensor | None = None) -> Tensor:
+        """The factor that `norm_activation` scales `x` by (0-d, or `[..., 1]` if token-wise)."""
+        match self.cfg.norm_activation:
+            case "token-wise":
+                return token_wise_factor(x)
+            case "batch-wise":
+                return batch_wise_factor(x, mask)
+            case "inference":
+                return x.new_ones(())
+        norms = self.dataset_average_activation_norm
+        if norms is None or hook_point not in norms:
+            raise ConfigError(
+                f"norm_activation='dataset-wise': no average norm is known for {hook_point!r}; "
+                "call set_dataset_average_activation_norm, or let the Initializer measure it"
+            )
+        return x.new_tensor(self.cfg.d_model**0.5 / norms[hook_point])
+
+    @overload
+    def normalize_activations(
+        self, batch: Mapping[str, Any], return_scale_factor: Literal[False] = False
+    ) -> dict[str, Any]: ...
+    @overload
+    def normalize_activations(
+        self, batch: Mapping[str, Any], return_scale_factor: Literal[True]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]: ...
+    def normalize_activations(
+        self, batch: Mapping[str, Any], return_scale_factor: bool = False
+    ) -> dict[str, Any] | tuple[dict[str, Any], dict[str, Tensor]]:
+        """The batch with every hook point of this dictionary that it holds scaled and in the parameters' type."""
+        scaled, factors = dict(batch), dict[str, Tensor]()
+        for hook in self.cfg.associated_hook_points:
+            if hook in batch:
+                x = batch[hook].to(self.cfg.dtype)
+                factors[hook] = self.compute_norm_factor(x, hook, batch.get("mask"))
+                scaled[hook] = x if self.cfg.norm_activation == "inference" else x * factors[hook]
+        return (scaled, factors) if return_scale_factor else scaled
+
+    def set_dataset_average_activation_norm(self, norms: Mapping[str, float]) -> None:
+        """Set the mean norm of each hook point's raw activations."""
+        missing = [hook for hook in self.cfg.associated_hook_points if not float(norms.get(hook, 0)) > 0]
+        if missing:
+            raise DataError(f"activation norms {dict(norms)}: hook point {missing[0]!r} has no positive average norm")
+        self.dataset_average_activation_norm = {hook: float(norms[hook]) for hook in self.cfg.associated_hook_points}
+
+
 def token_wise_factor(x: Tensor) -> Tensor:
     """`sqrt(d) / ||x||` of each token: `[..., 1]`; a zero vector stays zero."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x.shape[-1] ** 0.5 / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+    return x.shape[-1] ** 0.5 / _not_zero(torch.linalg.vector_norm(x, dim=-1, keepdim=True))
 
 
 def batch_wise_factor(x: Tensor, mask: Tensor | None) -> Tensor:
     """`sqrt(d)` over the mean norm of the batch's valid tokens (0-d)."""
     norm = torch.linalg.vector_norm(x, dim=-1)
     mean = norm.mean() if mask is None else (norm * mask).sum() / mask.sum()
-    return x.shape[-1] ** 0.5 / mean
+    return x.shape[-1] ** 0.5 / _not_zero(mean)
+
+
+def _not_zero(norm: Tensor) -> Tensor:
+    """`norm`, raised to where its inverse is finite even times the largest plausible width."""
+    return norm.clamp(min=torch.finfo(norm.dtype).tiny ** 0.5)
 
 
 def average_norms(batches: Iterable[Mapping[str, Any]], hook_points: Iterable[str]) -> dict[str, float]:

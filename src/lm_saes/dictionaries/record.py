@@ -44,7 +44,7 @@ class Record:
     @cached_property
     def squared_error(self) -> Tensor:
         """`||y_hat - y||^2` of each site and token, `[G, N]`; differentiable."""
-        difference = self.reconstruction - self.label
+        difference = accumulable(self.reconstruction - self.label)
         return torch.linalg.vecdot(difference, difference)
 
     @cached_property
@@ -54,12 +54,19 @@ class Record:
 
     def token_mean(self, per_token: Tensor) -> Tensor:
         """Mean over valid tokens (and over sites, if `per_token` is `[G, N]`)."""
+        per_token = accumulable(per_token)
         if self.mask is not None:
             per_token = per_token * self.mask
         return per_token.sum() / (self.n_tokens * (per_token.numel() // per_token.shape[-1]))
 
     def row_mean(self, per_row: Tensor) -> Tensor:
         """Mean over the valid rows of the code: over tokens and code sites."""
+        per_row = accumulable(per_row)
         if self.row_mask is not None:
             per_row = per_row * self.row_mask
         return per_row.sum() / (self.n_tokens * self.code_sites)
+
+
+def accumulable(x: Tensor) -> Tensor:
+    """`x` in a type that sums can be made in: half precision becomes float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -70,10 +70,10 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
 
     @property
     def encoder(self) -> LinearEncoder:
-        """The encoder's weights, latent-major."""
+        """The encoder's weights."""
         if self.cfg.use_glu_encoder:
-            return LinearEncoder(self.W_E.T, self.b_E, self.W_E_glu.T, self.b_E_glu)
-        return LinearEncoder(self.W_E.T, self.b_E)
+            return LinearEncoder(self.W_E, self.b_E, self.W_E_glu, self.b_E_glu)
+        return LinearEncoder(self.W_E, self.b_E)
 
     def _activations(self, batch: Mapping[str, Any], hook_point: str) -> Tensor:
         if hook_point not in batch:
@@ -87,8 +87,6 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
         return self._activations(batch, self.cfg.hook_point_in)
 
     def prepare_label(self, batch: Mapping[str, Any]) -> Tensor:
-        if self.cfg.hook_point_out not in batch:  # only reconstructing: a transcoder's label has its input's shape
-            return self.prepare_input(batch)
         return self._activations(batch, self.cfg.hook_point_out)
 
     def encode_sparse(self, x: Tensor, mask: Tensor | None = None) -> Code:
@@ -118,7 +116,7 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
         mask_N = None if mask is None else mask.reshape(-1).bool()
         norm_F = self.decoder_norm()
         code = self._encode_rows(x_ND, mask_N, norm_F)
-        n_tokens = x_ND.new_tensor(len(x_ND)) if mask_N is None else mask_N.sum().to(x_ND.dtype)
+        n_tokens = (torch.tensor(len(x_ND), device=x_ND.device) if mask_N is None else mask_N.sum()).to(torch.float32)
         return Record(x_ND[None], y_ND[None], code, self._decode_code(code)[None], mask_N, n_tokens, norm_F[None])
 
     def denormalize_activations(self, batch: Mapping[str, Any], reconstruction: Tensor) -> Tensor:
@@ -130,8 +128,13 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
                 f"norm_activation={self.cfg.norm_activation!r}: the scale of {hook!r} comes from its own activations; "
                 "put them into the batch"
             )
-        label = self.prepare_label(batch).to(self.cfg.dtype)
+        label = batch.get(hook, reconstruction).to(self.cfg.dtype)
         return reconstruction / self.compute_norm_factor(label, hook, batch.get("mask"))
+
+    def reconstruct(self, batch: Mapping[str, Any]) -> Tensor:
+        x = self.prepare_input(self.normalize_activations(batch))
+        y_ND = self._decode_code(self.encode_sparse(x, batch.get("mask")))
+        return self.denormalize_activations(batch, y_ND.view(x.shape))
 
     # -- losses ----------------------------------------------------------------------------------------------------
 
@@ -169,12 +172,12 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
 
     @torch.no_grad()
     def set_decoder_to_fixed_norm(self, value: float, force_exact: bool) -> None:
-        norm = self.decoder_norm(keepdim=True).clamp(min=torch.finfo(self.cfg.dtype).tiny)
-        self.W_D.mul_(value / norm if force_exact else (value / norm).clamp(max=1))
+        factor = _scale_to(value, self.decoder_norm(keepdim=True))
+        self.W_D.mul_(factor if force_exact else factor.clamp(max=1))
 
     @torch.no_grad()
     def set_encoder_to_fixed_norm(self, value: float) -> None:
-        self.W_E.mul_(value / self.encoder_norm(keepdim=True).clamp(min=torch.finfo(self.cfg.dtype).tiny))
+        self.W_E.mul_(_scale_to(value, self.encoder_norm(keepdim=True)))
 
     @torch.no_grad()
     def transform_to_unit_decoder_norm(self) -> None:
@@ -221,7 +224,7 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
             self.b_D.div_(factor_out)
         if self.cfg.sparsity_include_decoder_norm:
             self.activation_function.rescale(1 / factor_out)
-        self.cfg.norm_activation = "inference"
+        self.cfg = self.cfg.model_copy(update={"norm_activation": "inference"})
 
     # -- initialisation --------------------------------------------------------------------------------------------
 
@@ -263,7 +266,7 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
 
     @torch.no_grad()
     def init_W_D_with_active_subspace(self, batch: Mapping[str, Any], d_active_subspace: int) -> None:
-        """`W_D <- W_D[:, :m] U_m^T`: decoder rows within the m directions of most variance of the (normalised) labels."""
+        """`W_D <- W_D[:, :m] U_m^T`: decoder rows within the m directions of most variance of the normalised labels."""
         if not 0 < d_active_subspace <= self.cfg.d_model:
             raise ConfigError(
                 f"d_active_subspace={d_active_subspace}: must be between 1 and d_model={self.cfg.d_model}"
@@ -277,6 +280,11 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
                 "W_E_glu": {"model": 1}, "b_E_glu": {"model": 0},
                 "activation_function.log_jumprelu_threshold": {"model": 0}}  # fmt: skip
         return {name: maps[name] for name, _ in self.named_parameters()}
+
+
+def _scale_to(value: float, norm: Tensor) -> Tensor:
+    """What brings `norm` to `value`; a zero norm stays zero."""
+    return torch.where(norm > 0, value / norm, 1.0)
 
 
 def _valid_rows(x: Tensor, batch: Mapping[str, Any]) -> Tensor:

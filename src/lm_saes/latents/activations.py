@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class ActivationFunction(nn.Module, ABC):
-    """Base of all activation functions: a dense definition and, for the sparse path, a choice of candidates per block."""
+    """Base of all activation functions: a dense definition and, for the sparse path, candidates block by block."""
 
     name: ClassVar[str]
     registry: ClassVar[dict[str, type[ActivationFunction]]] = {}
@@ -64,7 +64,7 @@ class ActivationFunction(nn.Module, ABC):
 
     @abstractmethod
     def candidates(self, s_BF: Tensor, rows: slice) -> Tensor:
-        """Entries of one block that the code must hold: bool `[B, F]`, or a fixed number of columns `[B, C]` (int64)."""
+        """Entries of a block that the code must hold: bool `[B, F]`, or as many columns of each row, `[B, C]` (int64)."""
 
     def settle(self, s_E: Tensor) -> Tensor:
         """After the last block: which of all candidates compete successfully (bool `[E]`); may raise `Missed`.
@@ -99,6 +99,27 @@ class ReLU(ActivationFunction):
         return s_BF > 0
 
 
+def top_columns(s_BF: Tensor, k: int, groups_of: int = 16) -> Tensor:
+    """Columns of the k largest entries of each row, `[B, k]` (int64).
+
+    Two stages, several times faster than one: the k groups with the largest maxima hold the k largest entries, since
+    whatever is among these makes its group's maximum at least as large.
+    """
+    n_rows, n_latents = s_BF.shape
+    n_groups = n_latents // groups_of
+    if n_groups < 2 * k:
+        return s_BF.topk(k, dim=1, sorted=False).indices
+    whole = n_groups * groups_of  # the group of a column is its remainder by n_groups
+    maxima_BG = s_BF[:, :whole].view(n_rows, groups_of, n_groups).amax(1)
+    groups_Bk = maxima_BG.topk(k, dim=1, sorted=False).indices
+    starts = torch.arange(0, whole, n_groups, device=s_BF.device)
+    columns_BC = (groups_Bk[:, None, :] + starts[:, None]).reshape(n_rows, -1)
+    tail = torch.arange(whole, n_latents, device=s_BF.device).expand(n_rows, -1)
+    columns_BC = torch.cat([columns_BC, tail], dim=1) if tail.shape[1] else columns_BC
+    best = s_BF.gather(1, columns_BC).topk(k, dim=1, sorted=False).indices
+    return columns_BC.gather(1, best)
+
+
 class TopK(ActivationFunction):
     """Keeps the k largest `s` of each token, of those the positive ones (Gao et al. 2024, section 2.3)."""
 
@@ -119,14 +140,15 @@ class TopK(ActivationFunction):
         return min(self.k, n_latents)
 
     def candidates(self, s_BF: Tensor, rows: slice) -> Tensor:
-        self._width = min(self.k, s_BF.shape[1])
-        return self._columns(s_BF)
+        columns = self._columns(s_BF)
+        self._width = columns.shape[1]
+        return columns
 
     def settle(self, s_E: Tensor) -> Tensor:
         return self.axis.top(s_E.view(-1, self._width), self.k).view(-1) & (s_E > 0)
 
     def _columns(self, s_BF: Tensor) -> Tensor:
-        return s_BF.topk(min(self.k, s_BF.shape[1]), dim=1, sorted=False).indices
+        return top_columns(s_BF, min(self.k, s_BF.shape[1]))
 
 
 class BatchTopK(ActivationFunction):
@@ -150,7 +172,7 @@ class BatchTopK(ActivationFunction):
         self.register_buffer("batch_topk_threshold", torch.zeros((), dtype=torch.float32))
         self._floor: Tensor | None = None
         self._mask_N: Tensor | None = None
-        self._budget = 0
+        self._budget = self._misses = 0
 
     def keep(self, s_NF: Tensor, mask_N: Tensor | None) -> Tensor:
         if not self.training:
@@ -168,6 +190,7 @@ class BatchTopK(ActivationFunction):
         threshold = self.batch_topk_threshold
         self._mask_N, self._budget = mask_N, self.k * (n_tokens if mask_N is None else int(mask_N.sum()))
         self._floor = threshold * self.margin if threshold > 0 else None
+        self._misses = 0
 
     def candidates(self, s_BF: Tensor, rows: slice) -> Tensor:
         if not self.training:
@@ -179,12 +202,12 @@ class BatchTopK(ActivationFunction):
             self._floor = s_BF.flatten().topk(share, sorted=False).values.min().clamp(min=0)
         return s_BF > self._floor.to(s_BF.dtype)
 
-    def settle(self, s_E: Tensor) -> Tensor | None:
+    def settle(self, s_E: Tensor) -> Tensor:
         if not self.training:
             return s_E > 0
         if len(s_E) < self._budget and self._floor is not None and self._floor > 0:
-            lower = self._floor / 4
-            self._floor = torch.where(lower > 1e-3 * self.batch_topk_threshold, lower, 0.0)
+            self._misses += 1
+            self._floor = self._floor / 4 if self._misses == 1 else torch.zeros_like(self._floor)
             raise Missed
         kept = self.axis.top(s_E[None], self._budget)[0]
         self._observe(s_E, kept)
@@ -196,6 +219,8 @@ class BatchTopK(ActivationFunction):
 
     @torch.no_grad()
     def _observe(self, s: Tensor, kept: Tensor) -> None:
+        if s.numel() == 0:
+            return
         smallest = torch.where(kept, s, math.inf).amin().float()
         known = self.batch_topk_threshold
         moved = torch.where(known == 0, smallest, self.decay * known + (1 - self.decay) * smallest)

@@ -25,7 +25,7 @@ class LatentAxis:
         return v
 
     def top(self, candidates_RC: Tensor, k: int) -> Tensor:
-        """Which candidates are among the k largest of their row over all shards: bool `[R, C]`, exactly min(k, C) a row."""
+        """Which candidates are among the k largest of their row over all shards: bool `[R, C]`, exactly min(k, C)."""
         if candidates_RC.shape[1] <= k:
             return torch.ones_like(candidates_RC, dtype=torch.bool)
         chosen = candidates_RC.topk(k, dim=1, sorted=False).indices

@@ -25,27 +25,30 @@ BLOCK_BYTES = 20 << 20
 
 @dataclass(frozen=True, eq=False)
 class LinearEncoder:
-    """`h = x W^T + b`, or with a gate (GLU) `h = (x W^T + b) * sigmoid(x Wg^T + bg)`; weights are latent-major `[F, D]`."""
+    """`h = x W + b`, or with a gate (GLU) `h = (x W + b) * sigmoid(x Wg + bg)`.
 
-    W_FD: Tensor
+    Weights are `[D, F]`, best stored latent-major (`W.T` contiguous): then gradients are written where latents lie.
+    """
+
+    W_DF: Tensor
     b_F: Tensor
-    gate_W_FD: Tensor | None = None
+    gate_W_DF: Tensor | None = None
     gate_b_F: Tensor | None = None
 
     def pre_activations(self, x_ND: Tensor) -> Tensor:
-        """Dense `h [N, F]`, differentiable."""
-        h_NF = torch.addmm(self.b_F, x_ND, self.W_FD.T)
-        if self.gate_W_FD is None or self.gate_b_F is None:
+        """Dense `h [N, F]` in the bias's type, differentiable."""
+        h_NF = torch.addmm(self.b_F, x_ND, self.W_DF).to(self.b_F.dtype)
+        if self.gate_W_DF is None or self.gate_b_F is None:
             return h_NF
-        return h_NF * torch.sigmoid(torch.addmm(self.gate_b_F, x_ND, self.gate_W_FD.T))
+        return h_NF * torch.sigmoid(torch.addmm(self.gate_b_F, x_ND, self.gate_W_DF).to(self.b_F.dtype))
 
     def rows(self, latents: Tensor) -> LinearEncoder:
         """The encoder of some latents alone."""
-        chosen = [None if p is None else p.index_select(0, latents) for p in self.parameters()]
+        chosen = [None if p is None else p.index_select(p.ndim - 1, latents) for p in self.parameters()]
         return LinearEncoder(*chosen)  # type: ignore[arg-type]
 
     def parameters(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        return self.W_FD, self.b_F, self.gate_W_FD, self.gate_b_F
+        return self.W_DF, self.b_F, self.gate_W_DF, self.gate_b_F
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +86,7 @@ def encode(
         mask_N: valid tokens; only batch-wide selection looks at it.
         dense: force the dense (True) or sparse (False) path; None lets the density decide. Both give the same numbers.
     """
-    n_latents = encoder.W_FD.shape[0]
+    n_latents = len(encoder.b_F)
     expected = activation.expected_entries(n_latents)
     if dense is None and expected is not None:
         dense = not sparse_pays(expected, n_latents)
@@ -112,40 +115,56 @@ def _select(
             if may_refuse and rows.start == 0 and not sparse_pays(found[0].s_E.numel(), block.s_BF.numel()):
                 return None
         try:
-            return _assemble(found, activation, encoder.W_FD.shape[0])
+            return _assemble(found, activation, encoder.b_F)
         except Missed:
             continue
 
 
 @dataclass(frozen=True, eq=False)
 class _Block:
+    """One block of rows before selection: `s`, and what `h` is made of (the product without its bias, the gate)."""
+
     s_BF: Tensor
-    linear_BF: Tensor
+    product_BF: Tensor
     gate_BF: Tensor | None
 
 
 def _blocks(x_ND: Tensor, encoder: LinearEncoder, scale_F: Tensor | None) -> Iterator[tuple[slice, _Block]]:
-    W_FD, b_F, gate_W_FD, gate_b_F = encoder.parameters()
-    kind = x_ND.device.type
-    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_ND.dtype
-    x_ND, W_FD = x_ND.to(compute), W_FD.to(compute)
-    gate_W_FD = None if gate_W_FD is None else gate_W_FD.to(compute)
-    size = max(1, BLOCK_BYTES // (4 * W_FD.shape[0]))
+    """Blocks of rows, each overwritten by the next: `s = (x W + b) * gate * scale`."""
+    W_DF, b_F, gate_W_DF, gate_b_F = encoder.parameters()
+    compute = _product_dtype(x_ND)
+    x_ND, W_DF = x_ND.to(compute), W_DF.to(compute)
+    gate_W_DF = None if gate_W_DF is None else gate_W_DF.to(compute)
+    n_latents = len(b_F)
+    size = min(len(x_ND), max(1, BLOCK_BYTES // (4 * n_latents)))
+    product_BF, s_BF = b_F.new_empty(size, n_latents), b_F.new_empty(size, n_latents)
+    shift_F = b_F if scale_F is None else b_F * scale_F
     for start in range(0, len(x_ND), size):
         rows = slice(start, min(start + size, len(x_ND)))
-        linear_BF = _product(x_ND[rows], W_FD, b_F)
-        gate_BF = (
-            None if gate_W_FD is None or gate_b_F is None else _product(x_ND[rows], gate_W_FD, gate_b_F).sigmoid_()
-        )
-        h_BF = linear_BF if gate_BF is None else linear_BF * gate_BF
-        yield rows, _Block(h_BF if scale_F is None else h_BF * scale_F, linear_BF, gate_BF)
+        n = rows.stop - start
+        _product(x_ND[rows], W_DF, product_BF[:n])
+        gate = None
+        if gate_W_DF is not None and gate_b_F is not None:
+            gate = _product(x_ND[rows], gate_W_DF, torch.empty_like(s_BF[:n])).add_(gate_b_F).sigmoid_()
+        if scale_F is None:
+            s = torch.add(product_BF[:n], shift_F, out=s_BF[:n])
+        else:
+            s = torch.addcmul(shift_F, product_BF[:n], scale_F, out=s_BF[:n])
+        yield rows, _Block(s if gate is None else s.mul_(gate), product_BF[:n], gate)
 
 
-def _product(x_BD: Tensor, W_FD: Tensor, b_F: Tensor) -> Tensor:
-    if x_BD.dtype == b_F.dtype:
-        return torch.addmm(b_F, x_BD, W_FD.T)
-    with torch.autocast(x_BD.device.type, enabled=False):
-        return torch.mm(x_BD, W_FD.T).to(b_F.dtype).add_(b_F)
+def _product_dtype(x_ND: Tensor) -> torch.dtype:
+    kind = x_ND.device.type
+    mixed = torch.is_autocast_enabled(kind) and x_ND.dtype == torch.float32
+    return torch.get_autocast_dtype(kind) if mixed else x_ND.dtype
+
+
+def _product(x_BD: Tensor, W_DF: Tensor, out_BF: Tensor) -> Tensor:
+    """`x W` written to `out`; a product in half precision is brought to the type of `out`."""
+    if x_BD.dtype == out_BF.dtype:
+        with torch.autocast(x_BD.device.type, enabled=False):
+            return torch.mm(x_BD, W_DF, out=out_BF)
+    return out_BF.copy_(torch.mm(x_BD, W_DF))
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +172,7 @@ class _Found:
     lengths: Tensor
     indices: Tensor
     s_E: Tensor
-    linear_E: Tensor
+    product_E: Tensor
     gate_E: Tensor | None
 
 
@@ -168,17 +187,17 @@ def _look(block: _Block, candidates: Tensor) -> _Found:
         flat, indices = (candidates + first[:, None]).view(-1), candidates.reshape(-1)
         lengths = torch.full((n_rows,), candidates.shape[1], device=candidates.device)
     read = [
-        None if v is None else v.view(-1).index_select(0, flat) for v in (block.s_BF, block.linear_BF, block.gate_BF)
+        None if v is None else v.view(-1).index_select(0, flat) for v in (block.s_BF, block.product_BF, block.gate_BF)
     ]
     return _Found(lengths, indices.to(torch.int32), *read)  # type: ignore[arg-type]
 
 
-def _assemble(found: list[_Found], activation: ActivationFunction, n_latents: int) -> _Picks:
+def _assemble(found: list[_Found], activation: ActivationFunction, b_F: Tensor) -> _Picks:
     """Join the blocks and decide which entries are active."""
     s_E = torch.cat([f.s_E for f in found])
     lengths = torch.cat([f.lengths for f in found])
     indices = torch.cat([f.indices for f in found])
-    linear_E = torch.cat([f.linear_E for f in found])
+    linear_E = torch.cat([f.product_E for f in found]) + b_F.index_select(0, indices)
     gates = [f.gate_E for f in found if f.gate_E is not None]
     gate_E = torch.cat(gates) if gates else None
     kept_E, in_window_E = activation.settle(s_E), None
@@ -196,21 +215,21 @@ def _assemble(found: list[_Found], activation: ActivationFunction, n_latents: in
         in_window_E = ((s_E - theta_E).abs() < activation.window / 2) & (s_E > 0)
     offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=s_E.device)
     offsets[1:] = lengths.cumsum(0)
-    return _Picks(Pattern(indices, offsets, n_latents), linear_E, gate_E, kept_E, in_window_E)
+    return _Picks(Pattern(indices, offsets, len(b_F)), linear_E, gate_E, kept_E, in_window_E)
 
 
 class _Attach(torch.autograd.Function):
     """The values of the picked entries, with the encoder's gradients attached."""
 
     @staticmethod
-    def forward(ctx, x_ND, W_FD, b_F, gate_W_FD, gate_b_F, log_theta_F, scale_F, window, picks):  # type: ignore[override]
-        ctx.save_for_backward(x_ND, W_FD, gate_W_FD, log_theta_F, scale_F)
+    def forward(ctx, x_ND, W_DF, b_F, gate_W_DF, gate_b_F, log_theta_F, scale_F, window, picks):  # type: ignore[override]
+        ctx.save_for_backward(x_ND, W_DF, gate_W_DF, log_theta_F, scale_F)
         ctx.window, ctx.picks = window, picks
         return picks.values_E
 
     @staticmethod
     def backward(ctx, dvalues_E):  # type: ignore[override]
-        x_ND, W_FD, gate_W_FD, log_theta_F, scale_F = ctx.saved_tensors
+        x_ND, W_DF, gate_W_DF, log_theta_F, scale_F = ctx.saved_tensors
         picks: _Picks = ctx.picks
         pattern = picks.pattern
         dh_E = torch.where(picks.kept_E, dvalues_E, 0.0)
@@ -219,18 +238,17 @@ class _Attach(torch.autograd.Function):
             window_F = pattern.latent_total(torch.where(picks.in_window_E, dvalues_E, 0.0))
             dtheta_F = threshold_gradient(window_F, log_theta_F, scale_F, ctx.window)
         if picks.gate_E is None:
-            parts = [(dh_E, W_FD), (None, None)]
+            parts = [(dh_E, W_DF)]
         else:
             dgate_E = dh_E * picks.linear_E * picks.gate_E * (1 - picks.gate_E)
-            parts = [(dh_E * picks.gate_E, W_FD), (dgate_E, gate_W_FD)]
+            parts = [(dh_E * picks.gate_E, W_DF), (dgate_E, gate_W_DF)]
         grads: list[Tensor | None] = []
+        for d_E, _ in parts:
+            grads += [pattern.latent_sum(d_E, x_ND).T, pattern.latent_total(d_E)]
+        grads += [None] * (4 - len(grads))
         dx_ND = None
-        for d_E, weights_FD in parts:
-            if d_E is None:
-                grads += [None, None]
-                continue
-            grads += [pattern.latent_sum(d_E, x_ND), pattern.latent_total(d_E)]
-            if ctx.needs_input_grad[0]:
-                part = kernels.gather_sum(d_E, pattern.indices, pattern.offsets, weights_FD)
-                dx_ND = part if dx_ND is None else dx_ND + part
+        if ctx.needs_input_grad[0]:
+            dx_ND = torch.zeros_like(x_ND)
+            for d_E, weights_DF in parts:
+                dx_ND += kernels.gather_sum(d_E, pattern.indices, pattern.offsets, weights_DF.T)
         return dx_ND, *grads, dtheta_F, None, None, None

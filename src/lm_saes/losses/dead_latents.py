@@ -1,4 +1,4 @@
-"""Dead latents: the auxiliary reconstruction loss (AuxK) and the count of tokens since each latent was last active."""
+"""Dead latents: the auxiliary reconstruction loss (AuxK)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparsity losses, and the pre-activation penalty. Gradients flow through the decoder norms.
+"""Sparsity losses. Gradients flow through the decoder norms.
 
 A new sparsity loss is a function of (record, settings) under `@sparsity_loss("its-name")`.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lm_saes.dictionaries.record import Record
+from lm_saes.dictionaries.record import Record, accumulable
 from lm_saes.errors import ConfigError
 from lm_saes.losses.settings import LossSettings
 
@@ -45,13 +45,15 @@ def _weighed(record: Record) -> Tensor:
     """`f norm` at each entry of the code."""
     if record.code_sites != 1:
         raise NotImplementedError("sparsity losses of dictionaries with several code sites come with those kinds")
-    return record.code.values * record.code.at(record.norm[0])
+    return accumulable(record.code.values * record.code.at(record.norm[0]))
 
 
 @sparsity_loss("power")
 def power(record: Record, settings: LossSettings) -> Tensor:
     """Mean over tokens of `|| f norm ||_p`; where a norm has no derivative (at 0) its gradient is 0."""
     weighed, p = _weighed(record), settings.p
+    if p <= 0:
+        raise ConfigError(f"p={p}: the power of a norm must be positive; use 1 for the L1 norm")
     if p == 1:
         return record.row_mean(record.code.sum_rows(weighed))
     active = weighed > 0

@@ -67,17 +67,19 @@ class Metric(ABC):
     def add(self, name: str, value: Tensor) -> None:
         """Add to a running total."""
         value = value.detach().to(torch.float64)
-        self.totals[name] = self.totals[name] + value if name in self.totals else value
+        known = self.totals.get(name)
+        self.totals[name] = value.clone() if known is None else known.to(value.device) + value
 
     def largest(self, name: str, value: Tensor) -> None:
         """Keep the largest of a window."""
         value = value.detach().to(torch.float64)
-        self.totals[name] = torch.maximum(self.totals[name], value) if name in self.totals else value
+        known = self.totals.get(name)
+        self.totals[name] = value.clone() if known is None else torch.maximum(known.to(value.device), value)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The totals, for a checkpoint."""
         return dict(self.totals)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from saved totals."""
-        self.totals = {name: t.to(self.dictionary.cfg.device) for name, t in state.items()}
+        """Go on from saved totals; each moves to the device that it is added up on."""
+        self.totals = dict(state)

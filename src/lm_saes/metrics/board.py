@@ -41,9 +41,11 @@ class Board:
         self._since = time.perf_counter()
         self._tokens = 0
 
-    def step(self, passes: list[Pass], facts: StepFacts, tokens: int) -> None:
-        """Take in one optimizer step of `tokens` valid tokens."""
+    def step(self, passes: list[Pass], tokens: int, gradient_norm: Tensor, clipped_norm: Tensor) -> None:
+        """Take in one optimizer step of `tokens` valid tokens, and its gradient norms before and after clipping."""
         self._tokens += tokens
+        zero = gradient_norm.new_zeros(())
+        facts = StepFacts(gradient_norm, clipped_norm, gradient_norm.new_tensor(tokens), zero, zero)
         if self.tracking:
             fired = torch.stack([record.counts for record, _ in passes]).sum(0)
             facts = replace(facts, n_dead=self.dead.update(fired > 0, tokens).sum(), fired_counts=fired)
@@ -63,9 +65,10 @@ class Board:
         self.restart_clock()
         return values
 
-    def restart_clock(self) -> None:
-        """Leave the time until now, and the tokens, out of the rate."""
+    def restart_clock(self) -> float:
+        """Leave the time until now, and the tokens, out of the rate; the time now, in seconds of `perf_counter`."""
         self._since, self._tokens = time.perf_counter(), 0
+        return self._since
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What a checkpoint keeps."""

@@ -35,9 +35,9 @@ class ActiveLatents(Metric):
 
 
 class FiringFrequency(Metric):
-    """How many latents are active on more, or less, than a share of the valid tokens of `feature_sampling_window` steps.
+    """How many latents are active on more, or less, than a share of the valid tokens.
 
-    A full window is reported once, at the first report after it ends.
+    Counted over `feature_sampling_window` steps. A full window is reported once, at the first report after it ends.
     """
 
     def step(self, facts: StepFacts) -> None:

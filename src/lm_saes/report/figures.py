@@ -34,9 +34,12 @@ class Chart:
 
 def curve_charts(run: Run) -> list[Chart]:
     """Training curves over the steps; a chart without a single point is left out."""
-    explained = [_line(run, "metrics/explained_variance", "training", BLUE)]
+    explained = [
+        _line(run, "metrics/explained_variance", "training", BLUE),
+        _line(run, "eval/explained_variance", "held-out", TEAL, dash="dash"),
+    ]
     held_out = run.evaluated("metrics/explained_variance")
-    if held_out is not None and explained[0]:
+    if held_out is not None and explained[0] and not explained[1]:
         explained.append(_level(run, held_out, f"held-out: {held_out:.3f}"))
     width = run.n_latents
     charts = [

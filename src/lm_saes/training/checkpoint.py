@@ -17,6 +17,7 @@ from lm_saes.errors import CheckpointError
 from lm_saes.files import drafted, remove, sha256
 from lm_saes.metrics.board import Board
 
+MANIFEST = "manifest.json"
 _TENSOR = "__tensor__"
 
 
@@ -29,7 +30,7 @@ def saved_steps(run: str | Path) -> dict[int, Path]:
     """The whole checkpoints of a run by step, ascending."""
     found = {}
     for path in Path(run, "checkpoints").glob("step_*"):
-        if (match := re.fullmatch(r"step_(\d+)", path.name)) and (path / "manifest.json").exists():
+        if (match := re.fullmatch(r"step_(\d+)", path.name)) and not _missing(path):
             found[int(match[1])] = path
     return dict(sorted(found.items()))
 
@@ -41,7 +42,9 @@ def find_checkpoint(path: str | Path) -> Path:
         CheckpointError: there is none.
     """
     path = Path(path)
-    if (path / "manifest.json").exists():
+    if (path / MANIFEST).exists() or path.parent.name == "checkpoints":
+        if missing := _missing(path):
+            raise CheckpointError(f"from_pretrained_path={str(path)!r}: torn, {missing}; use an older checkpoint")
         return path
     steps = saved_steps(path)
     if not steps:
@@ -49,6 +52,23 @@ def find_checkpoint(path: str | Path) -> Path:
             f"from_pretrained_path={str(path)!r}: holds no whole checkpoint; give a run's or a step's directory"
         )
     return list(steps.values())[-1]
+
+
+def _missing(path: Path) -> str:
+    """What a step directory lacks to be whole; nothing (an empty string) if every file has its size."""
+    if not (path / MANIFEST).is_file():
+        return f"{MANIFEST} is missing"
+    for name, entry in read_json(path / MANIFEST)["files"].items():
+        size = (path / name).stat().st_size if (path / name).is_file() else None
+        if size != entry["size"]:
+            return f"{name} is missing" if size is None else f"{name} has {size} bytes, not {entry['size']}"
+    return ""
+
+
+def _check_hashes(path: Path) -> None:
+    for name, entry in read_json(path / MANIFEST)["files"].items():
+        if sha256(path / name) != entry["sha256"]:
+            raise CheckpointError(f"{path / name}: altered since it was saved; use an older checkpoint")
 
 
 def write(
@@ -75,7 +95,7 @@ def write(
         if wandb_run_id is not None:
             _write_json(draft / "wandb_run_id.json", {"wandb_run_id": wandb_run_id})
         files = {f.name: {"size": f.stat().st_size, "sha256": sha256(f)} for f in sorted(draft.iterdir())}
-        _write_json(draft / "manifest.json", {"files": files})
+        _write_json(draft / MANIFEST, {"files": files})
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -98,8 +118,9 @@ def read_tensors(path: Path, sae: AbstractSparseAutoEncoder, board: Board, optim
     """Put dictionary, statistics, random generator and optimizer back to where the checkpoint was made.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, belongs to another dictionary, or this one was folded.
+        CheckpointError: the checkpoint cannot be read, was altered or is another dictionary's, or this one was folded.
     """
+    _check_hashes(path)
     trained = read_json(path / "config.json")["norm_activation"]
     if sae.cfg.norm_activation != trained:
         raise CheckpointError(
@@ -143,30 +164,31 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, 
 def _load_optimizer(optimizer: torch.optim.Optimizer, stored: Mapping[str, Tensor], path: Path) -> None:
     for group in optimizer.param_groups:
         (parameter,) = group["params"]
-        prefix = group["name"] + "."
-        state = {name.removeprefix(prefix): t for name, t in stored.items() if name.rpartition(".")[0] == group["name"]}
-        for key, value in state.items():
-            if key != "step":
-                if value.shape != parameter.shape:
-                    raise CheckpointError(f"{path}: optimizer state {prefix + key} has shape {tuple(value.shape)}")
-                state[key] = torch.empty_like(parameter).copy_(
-                    value
-                )  # the parameter's strides, as the optimizer made it
-        if state:
-            optimizer.state[parameter] = state
+        for name in [name for name in stored if name.rpartition(".")[0] == group["name"]]:
+            key, value = name.rpartition(".")[2], stored[name]
+            if key == "step":
+                optimizer.state[parameter][key] = value.to(parameter.device) if group.get("fused") else value
+            elif value.shape == parameter.shape:  # with the parameter's strides, as the optimizer makes it
+                optimizer.state[parameter][key] = torch.empty_like(parameter).copy_(value)
+            else:
+                raise CheckpointError(f"{path}: optimizer state {name} has shape {tuple(value.shape)}")
 
 
 def split_tensors(value: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
-    """Separate a nested state into JSON values, with the place of each tensor marked, and the tensors."""
+    """Separate a nested state into JSON values, with the place of each tensor marked, and the tensors by place."""
     if isinstance(value, Tensor):
         return {_TENSOR: path}, {path: value}
     if isinstance(value, Mapping):
-        parts = {key: split_tensors(item, f"{path}.{key}" if path else str(key)) for key, item in value.items()}
+        parts = {key: split_tensors(item, f"{path}/{_escaped(key)}") for key, item in value.items()}
         return {k: v for k, (v, _) in parts.items()}, {n: t for _, ts in parts.values() for n, t in ts.items()}
     if isinstance(value, list | tuple):
-        items = [split_tensors(item, f"{path}.{i}") for i, item in enumerate(value)]
+        items = [split_tensors(item, f"{path}/{i}") for i, item in enumerate(value)]
         return [v for v, _ in items], {n: t for _, ts in items for n, t in ts.items()}
     return value, {}
+
+
+def _escaped(key: str) -> str:
+    return key.replace("~", "~0").replace("/", "~1")  # as in JSON pointers: two places never have one name
 
 
 def join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:

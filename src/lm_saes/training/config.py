@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -16,25 +17,26 @@ Steps = int | float
 class TrainerConfig(BaseConfig):
     """How to train. Step counts given as a float in [0, 1] are fractions of all steps; as an int, steps."""
 
-    l1_coefficient: float | None = Field(8e-5, ge=0)
+    l1_coefficient: float | None = Field(default=8e-5, ge=0)
     """Weight of the sparsity loss (None: constant 1, without warm-up)."""
     l1_coefficient_warmup_steps: Steps = 0.1
     """Steps over which that weight rises linearly from 0 (0: at once)."""
-    lp_coefficient: float | None = Field(None, ge=0)
+    lp_coefficient: float | None = Field(default=None, ge=0)
     """Weight of the penalty on pre-activations below their JumpReLU threshold."""
-    auxk_coefficient: float | None = Field(None, ge=0)
+    auxk_coefficient: float | None = Field(default=None, ge=0)
     """Weight of the auxiliary loss that revives dead latents (None or 0: off)."""
     amp_dtype: DType | None = torch.bfloat16
-    """Type of mixed precision (None, in files `"none"`: none). Weights, thresholds, selection and losses stay in full precision."""
+    """Type of mixed precision (None, in files `"none"`: none). Weights, thresholds, selection and losses stay in full
+    precision."""
     sparsity_loss_type: str | None = None
     """Sparsity loss: `power`, `tanh`, `tanh-quad`, or none."""
-    tanh_stretch_coefficient: float = Field(4.0, gt=0)
+    tanh_stretch_coefficient: float = Field(default=4.0, gt=0)
     """Stretch `c` of the tanh losses."""
-    frequency_scale: float = Field(0.01, gt=0)
+    frequency_scale: float = Field(default=0.01, gt=0)
     """Firing frequency at which `tanh-quad` counts a latent twice."""
-    p: float = Field(1, gt=0)
+    p: float = Field(default=1, gt=0)
     """Exponent of the `power` loss; fractions are allowed."""
-    initial_k: int | float | None = Field(None, gt=0)
+    initial_k: int | float | None = Field(default=None, gt=0)
     """k that a top-k run starts with (None: no schedule)."""
     k_warmup_steps: Steps = 0.1
     """Steps over which k goes from `initial_k` to the dictionary's `top_k`."""
@@ -42,15 +44,15 @@ class TrainerConfig(BaseConfig):
     """Steps at `initial_k` before that."""
     k_schedule_type: Literal["linear", "exponential"] = "linear"
     """Shape of the way from `initial_k` to `top_k`."""
-    k_exponential_factor: float = Field(3.0, gt=0)
+    k_exponential_factor: float = Field(default=3.0, gt=0)
     """Steepness of the exponential way."""
-    k_aux: int = Field(512, gt=0)
+    k_aux: int = Field(default=512, gt=0)
     """Dead latents per token that the auxiliary loss uses."""
-    dead_threshold: float = Field(1e7, gt=0)
+    dead_threshold: float = Field(default=1e7, gt=0)
     """Valid tokens without an activation after which a latent is dead."""
     skip_metrics_calculation: bool = False
     """Log only the loss and the rate."""
-    gradient_accumulation_steps: int = Field(1, gt=0)
+    gradient_accumulation_steps: int = Field(default=1, gt=0)
     """Batches per optimizer step."""
     lr: float | dict[str, float] = 4e-4
     """Learning rate; or rates by parameter or group name (`others`, `jumprelu`), with `default` for the rest."""
@@ -65,25 +67,25 @@ class TrainerConfig(BaseConfig):
         "cosineannealing", "cosineannealingwarmup", "exponentialwarmup",
     ] = "constantwithwarmup"  # fmt: skip
     """Schedule of the learning rate."""
-    lr_end_ratio: float = Field(1 / 32, ge=0, le=1)
+    lr_end_ratio: float = Field(default=1 / 32, ge=0, le=1)
     """What the learning rate ends at, as a share of the full rate."""
     lr_warm_up_steps: Steps = 5000
     """Steps over which the learning rate rises."""
     lr_cool_down_steps: Steps = 0.2
     """Steps over which it falls at the end."""
-    jumprelu_lr_factor: float = Field(1.0, ge=0)
+    jumprelu_lr_factor: float = Field(default=1.0, ge=0)
     """Learning rate of JumpReLU thresholds over that of the other parameters."""
-    clip_grad_norm: float = Field(0.0, ge=0)
+    clip_grad_norm: float = Field(default=0.0, ge=0)
     """Largest global 2-norm of the gradient, JumpReLU thresholds left out (0: no clipping)."""
-    feature_sampling_window: int = Field(1000, gt=0)
+    feature_sampling_window: int = Field(default=1000, gt=0)
     """Steps over which firing frequencies are collected before they are reported."""
-    total_training_tokens: int = Field(300_000_000, gt=0)
+    total_training_tokens: int = Field(default=300_000_000, gt=0)
     """Tokens to train on."""
-    log_frequency: int = Field(1000, gt=0)
+    log_frequency: int = Field(default=1000, gt=0)
     """Steps between reports."""
-    eval_frequency: int = Field(1000, gt=0)
+    eval_frequency: int = Field(default=1000, gt=0)
     """Steps between evaluations."""
-    n_checkpoints: int = Field(10, ge=0)
+    n_checkpoints: int = Field(default=10, ge=0)
     """Checkpoints to save, the final one among them (0: none)."""
     check_point_save_mode: Literal["log", "linear"] = "log"
     """Spacing of the checkpoints."""
@@ -91,9 +93,9 @@ class TrainerConfig(BaseConfig):
     """Checkpoint to resume from: a step's directory, or a run's directory for its newest."""
     exp_result_path: str = "results"
     """Directory that the run writes to."""
-    save_every_minutes: float | None = Field(None, gt=0)
+    save_every_minutes: float | None = Field(default=None, gt=0)
     """Besides the scheduled checkpoints, save this often (None: do not)."""
-    keep_last: int | None = Field(None, gt=0)
+    keep_last: int | None = Field(default=None, gt=0)
     """Unscheduled checkpoints to keep, the newest ones (None: all)."""
     on_non_finite: Literal["stop", "skip"] = "stop"
     """What to do with a step whose loss or gradient is not finite: stop the run, or skip the step and count it."""
@@ -101,6 +103,8 @@ class TrainerConfig(BaseConfig):
     @field_validator("amp_dtype", mode="before")
     @classmethod
     def _none(cls, value: object) -> object:
+        if value in ("float16", "fp16", "half", "torch.float16", torch.float16):
+            raise ValueError("amp_dtype=float16 would need its gradients scaled; use bfloat16, or none")
         return None if value == "none" else value  # TOML has no null
 
     @field_validator("total_training_tokens", mode="before")
@@ -126,19 +130,41 @@ class TrainerConfig(BaseConfig):
             raise ValueError(f"lr={self.lr}: rates must not be negative")
         if not isinstance(self.lr, dict) and self.lr < 0:
             raise ValueError(f"lr={self.lr}: must not be negative")
-        if not self.auxk_coefficient:
-            self.refuse_without_effect(["k_aux"], "auxk_coefficient is off", info)
-        if self.initial_k is None:
-            schedule = ["k_warmup_steps", "k_cold_booting_steps", "k_schedule_type", "k_exponential_factor"]
-            self.refuse_without_effect(schedule, "initial_k is not set", info)
-        if self.sparsity_loss_type is None:
-            self.refuse_without_effect(
-                ["l1_coefficient", "l1_coefficient_warmup_steps"], "sparsity_loss_type is not set", info
-            )
-        if self.sparsity_loss_type not in ("tanh", "tanh-quad"):
-            self.refuse_without_effect(["tanh_stretch_coefficient"], "only the tanh losses read it", info)
-        if self.sparsity_loss_type != "tanh-quad":
-            self.refuse_without_effect(["frequency_scale"], "only sparsity_loss_type='tanh-quad' reads it", info)
-        if self.sparsity_loss_type != "power":
-            self.refuse_without_effect(["p"], "only sparsity_loss_type='power' reads it", info)
+        for fields, reason in self._without_effect():
+            self.refuse_without_effect(fields, reason, info)
         return self
+
+    def _without_effect(self) -> Iterator[tuple[list[str], str]]:
+        """The fields that nothing reads, given the others, and why."""
+        measuring, schedule = not self.skip_metrics_calculation, self.lr_scheduler_name
+        if not self.auxk_coefficient:
+            yield ["k_aux"], "auxk_coefficient is off"
+            if not measuring:
+                yield ["dead_threshold"], "neither metrics nor auxk_coefficient need dead latents"
+        if self.initial_k is None:
+            fields = ["k_warmup_steps", "k_cold_booting_steps", "k_schedule_type", "k_exponential_factor"]
+            yield fields, "initial_k is not set"
+        elif self.k_schedule_type != "exponential":
+            yield ["k_exponential_factor"], "only k_schedule_type='exponential' reads it"
+        if self.sparsity_loss_type is None:
+            yield ["l1_coefficient", "l1_coefficient_warmup_steps"], "sparsity_loss_type is not set"
+        elif self.l1_coefficient is None:
+            yield ["l1_coefficient_warmup_steps"], "l1_coefficient=None is constant"
+        if self.sparsity_loss_type not in ("tanh", "tanh-quad"):
+            yield ["tanh_stretch_coefficient"], "only the tanh losses read it"
+        if self.sparsity_loss_type != "tanh-quad":
+            yield ["frequency_scale"], "only sparsity_loss_type='tanh-quad' reads it"
+        if self.sparsity_loss_type != "power":
+            yield ["p"], "only sparsity_loss_type='power' reads it"
+        if schedule in ("constant", "cosineannealing"):
+            yield ["lr_warm_up_steps"], f"lr_scheduler_name={schedule!r} has no warm-up"
+        if schedule != "constantwithwarmup":
+            yield ["lr_cool_down_steps"], "only lr_scheduler_name='constantwithwarmup' reads it"
+        if schedule == "constant":
+            yield ["lr_end_ratio"], "lr_scheduler_name='constant' does not fall"
+        if self.optimizer_class == "sparseadam":
+            yield ["optimizer_foreach"], "sparseadam has one implementation"
+        if not measuring:
+            yield ["feature_sampling_window"], "skip_metrics_calculation is set"
+        if self.n_checkpoints < 2:
+            yield ["check_point_save_mode"], f"n_checkpoints={self.n_checkpoints} saves none before the end"

@@ -52,6 +52,26 @@ class SparseAdam(Optimizer):
         p.sub_(torch.where(p.grad != 0, size * m / (v.sqrt() + group["eps"]), 0.0))
 
 
+class FusedAdam(torch.optim.Adam):
+    """Fused Adam for parameters of any layout.
+
+    The fused kernel copies a gradient that is not contiguous, which costs as much as the update; a latent-major
+    parameter is therefore handed to it, with its gradient and moments, as the contiguous transpose.
+    """
+
+    def _init_group(
+        self, group: Any, params_with_grad: Any, grads: Any, exp_avgs: Any, exp_avg_sqs: Any, max_exp_avg_sqs: Any,
+        state_steps: Any,
+    ) -> Any:  # fmt: skip
+        params = params_with_grad
+        result = super()._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+        for i, p in enumerate(params):
+            if p.ndim == 2 and not p.is_contiguous() and all(t[i].T.is_contiguous() for t in (params, grads, exp_avgs)):
+                for tensors in (params, grads, exp_avgs, exp_avg_sqs):
+                    tensors[i] = tensors[i].T
+        return result
+
+
 def build_optimizer(cfg: TrainerConfig, dictionary: nn.Module) -> Optimizer:
     """The optimizer with one group per parameter, each with its name and full learning rate (`base_lr`).
 
@@ -78,7 +98,7 @@ def build_optimizer(cfg: TrainerConfig, dictionary: nn.Module) -> Optimizer:
         return torch.optim.Adam(groups, betas=cfg.betas, foreach=False, fused=False)
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in names)
     return (
-        torch.optim.Adam(groups, betas=cfg.betas, fused=True)
+        FusedAdam(groups, betas=cfg.betas, fused=True)
         if fused
         else torch.optim.Adam(groups, betas=cfg.betas, foreach=True)
     )
@@ -96,15 +116,25 @@ def _rate(cfg: TrainerConfig, name: str, family: str) -> float:
 
 def gradient_norm(dictionary: nn.Module) -> Tensor:
     """Global 2-norm of the gradients of all parameters but JumpReLU thresholds (0-d)."""
-    grads = [p.grad for name, p in dictionary.named_parameters()
-             if p.grad is not None and not name.endswith("log_jumprelu_threshold")]  # fmt: skip
-    return torch.nn.utils.get_total_norm(grads)
+    return torch.nn.utils.get_total_norm(_gradients(dictionary, thresholds=False))
+
+
+def threshold_gradient_norm(dictionary: nn.Module) -> Tensor:
+    """2-norm of the gradients of JumpReLU thresholds (0-d; 0 without any)."""
+    return torch.nn.utils.get_total_norm(_gradients(dictionary, thresholds=True))
 
 
 def clip_gradients(dictionary: nn.Module, norm: Tensor, largest: float) -> Tensor:
-    """Scale those gradients down so that their norm is at most `largest`; the norm afterwards (0-d)."""
+    """Scale the gradients that `norm` is the 2-norm of down to at most `largest`; the norm afterwards (0-d)."""
     factor = (largest / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1.0)
-    for name, p in dictionary.named_parameters():
-        if p.grad is not None and not name.endswith("log_jumprelu_threshold"):
-            p.grad.mul_(factor)
+    for gradient in _gradients(dictionary, thresholds=False):
+        gradient.mul_(factor)
     return norm * factor
+
+
+def _gradients(dictionary: nn.Module, thresholds: bool) -> list[Tensor]:
+    return [
+        p.grad
+        for name, p in dictionary.named_parameters()
+        if p.grad is not None and name.endswith("log_jumprelu_threshold") == thresholds
+    ]

@@ -17,10 +17,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """The schedules of a run of `total` steps; every method is a pure function of `t`, the updates completed."""
+    """The schedules of a run; every method is a pure function of `t`, the updates completed before the step."""
 
     cfg: TrainerConfig
+    batch_tokens: int
+    """Tokens in the first global batch, masked ones included."""
     total: int
+    """Steps of the whole run."""
 
     def _steps(self, setting: int | float) -> int:
         return as_steps(setting, self.total)
@@ -57,12 +60,13 @@ class Plan:
         return frozenset(checkpoint_steps(self.cfg.n_checkpoints, self.total, self.cfg.check_point_save_mode))
 
 
-def make_plan(cfg: TrainerConfig, tokens_per_step: int) -> Plan:
-    """The plan of a run whose first global batch (times accumulation) holds `tokens_per_step` tokens.
+def make_plan(cfg: TrainerConfig, batch_tokens: int) -> Plan:
+    """The plan of a run whose first global batch holds `batch_tokens` tokens.
 
     Raises:
         ConfigError: there are not enough tokens for one step.
     """
+    tokens_per_step = batch_tokens * cfg.gradient_accumulation_steps
     total = cfg.total_training_tokens // tokens_per_step
     if total < 1:
         raise ConfigError(
@@ -72,7 +76,7 @@ def make_plan(cfg: TrainerConfig, tokens_per_step: int) -> Plan:
         log.warning(
             "lr_warm_up_steps=%s: the run has %d steps and never reaches the full rate", cfg.lr_warm_up_steps, total
         )
-    return Plan(cfg, total)
+    return Plan(cfg, batch_tokens, total)
 
 
 def check_settings(cfg: TrainerConfig, dictionary: AbstractSparseAutoEncoder) -> None:

@@ -68,7 +68,7 @@ def active_k(
     if initial_k is None:
         return top_k
     if t < cold:
-        return math.ceil(initial_k)
+        return max(top_k, math.ceil(initial_k))
     u = min(1.0, (t - cold) / warm_up) if warm_up else 1.0
     share = u if kind == "linear" else (1 - math.exp(-factor * u)) / (1 - math.exp(-factor))
     value = initial_k - (initial_k - top_k) * share

@@ -204,6 +204,17 @@ def test_shuffled_epochs_hold_every_row_once_in_their_own_order(tmp_path: Path, 
     assert tokens_of(drawn(source(path, epochs=3, shuffle=(6, None), whole=whole))) != tokens
 
 
+def test_every_epoch_has_its_own_order_of_shards(tmp_path: Path) -> None:
+    path = write(tmp_path / "c", [rows(0, 36)], n_samples_per_chunk=4)
+
+    def shards(seed: int) -> list[int]:
+        return [int(piece["tokens"][0]) // 4 for piece in drawn(source(path, epochs=3, shuffle=(seed, None)))]
+
+    orders = [shards(seed)[i : i + 9] for seed in (5, 6) for i in (0, 9, 18)]
+    assert all(sorted(order) == list(range(9)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 6
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_cached_source_goes_on_from_any_place(tmp_path: Path, whole: bool) -> None:
     path = write(tmp_path / "c", [rows(0, 10)], n_samples_per_chunk=4)

@@ -112,10 +112,10 @@ def test_identity_explains_everything_and_the_mean_explains_nothing():
 
 
 def test_variance_keeps_its_digits_where_the_mean_is_large():
-    # Float32 has steps of 64 here. The mean, 1e9 + 64, is predicted: error and variance are both 2 * 64^2.
-    x = (1e9 + torch.tensor([0.0, 64.0, 128.0])).view(1, 3, 1)
-    batch = {HOOK: x, "tokens": torch.zeros(1, 3, dtype=torch.int64)}
-    assert evaluate(constant(torch.tensor([1e9 + 64])), batch)["metrics/explained_variance"] == 0.0
+    # Float32 has steps of 64 here. The mean of the seven is predicted: error and variance are the same number.
+    x = (1e9 + 64.0 * torch.arange(7)).view(1, 7, 1)
+    batch = {HOOK: x, "tokens": torch.zeros(1, 7, dtype=torch.int64)}
+    assert evaluate(constant(torch.tensor([1e9 + 3 * 64])), batch)["metrics/explained_variance"] == 0.0
 
 
 def test_grouping_contexts_into_batches_changes_nothing():

@@ -133,7 +133,7 @@ def test_the_charts_hold_the_curves(run: Path):
     assert curves["explained-variance"]["held-out: 0.765"] == ([1, 3], [0.7654, 0.7654])
     assert curves["dead"] == {"dead": ([1, 2, 3], [5.0, 5.0, 5.0])}
     assert figures["downstream"]["data"][0]["x"] == [9.333, 3.222, 3.111]
-    # 0.0011 is in the bin from 10^-3.0 on, 0.011 and 0.012 in the one from 10^-2.0, 0.1 and 0.5 from 10^-1.0 and 10^-0.4.
+    # 0.0011 is in the bin from 10^-3.0, 0.011 and 0.012 in that from 10^-2.0, 0.1 from 10^-1.0, 0.5 from 10^-0.4.
     bars = figures["frequency"]["data"][0]
     assert {round(x, 2): y for x, y in zip(bars["x"], bars["y"], strict=True) if y} == {
         -2.95: 55,
@@ -197,6 +197,14 @@ def test_only_the_metrics_have_to_exist(tmp_path: Path):
 def test_any_other_file_may_be_absent(run: Path, missing: str):
     (run / f"{missing}.json").unlink()
     assert "Training tokens 3k" in Page(write_report(run)).text
+
+
+def test_held_out_measurements_during_training_are_a_curve(run: Path):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"step": step, "eval/explained_variance": step / 10}) + "\n" for step in (4, 5))
+    curves = {t["name"]: (t["x"], t["y"]) for t in Page(write_report(run)).figures["explained-variance"]["data"]}
+    assert curves["held-out"] == ([4, 5], [0.4, 0.5])
+    assert set(curves) == {"training", "held-out"}
 
 
 def test_nothing_reported_yet(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""The few sparse products that a training step is made of, each in a plain version that repeats itself bit for bit on the CPU."""
+"""The few sparse products that a training step is made of; the plain versions repeat themselves bit for bit."""
 
 from lm_saes.latents.kernels.plain import gather_sum, row_dot, transpose
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def gather_sum(weights_E: Tensor, indices_E: Tensor, offsets: Tensor, table_XD: Tensor) -> Tensor:
-    """`out[r] = sum over entries e of row r of weights[e] * table[indices[e]]`; `offsets` has one entry more than rows."""
+    """`out[r] = sum over entries e of row r of weights[e] * table[indices[e]]`; one offset more than rows."""
     if weights_E.numel() == 0:
         return table_XD.new_zeros(offsets.numel() - 1, table_XD.shape[1])
     return nnf.embedding_bag(
@@ -29,7 +29,7 @@ def row_dot(left_ND: Tensor, table_FD: Tensor, rows_E: Tensor, indices_E: Tensor
 
 
 def transpose(indices_E: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
-    """Order of the entries by latent (stable: rows stay ascending within a latent) and each latent's segment offsets."""
+    """Order of the entries by latent (stable: rows stay ascending within one) and each latent's segment offsets."""
     ids_E, order_E = torch.sort(indices_E, stable=True)
     latents = torch.arange(n_latents + 1, dtype=ids_E.dtype, device=ids_E.device)
     return order_E, torch.searchsorted(ids_E, latents, out_int32=True)

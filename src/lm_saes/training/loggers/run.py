@@ -7,7 +7,7 @@ from typing import Any
 
 
 class RunLogger:
-    """Passes reports to a W&B run, or to anything else with `log(metrics, step=...)`, that somebody else opened and closes."""
+    """Passes reports to a run that its owner opens and closes: W&B's, or anything with `log(metrics, step=...)`."""
 
     def __init__(self, run: Any) -> None:
         self._run = run

@@ -1,0 +1,54 @@
+"""At which density of active latents the sparse path stops paying: forward and backward of both, side by side.
+
+    python benchmarks/density.py
+
+`lm_saes.latents.density.SPARSE_BELOW` is set by what this prints.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from lm_saes import SAEConfig
+from lm_saes.config import build
+from lm_saes.latents.activations import ReLU
+from lm_saes.latents.linear import LinearEncoder, encode
+from lm_saes.memory import keep_freed_memory
+
+
+def seconds(x: torch.Tensor, encoder: LinearEncoder, W_FD: torch.Tensor, activation: ReLU, dense: bool) -> float:
+    """Time of one forward and backward pass."""
+    start = time.perf_counter()
+    code = encode(x, encoder, activation, None, None, dense=dense)
+    (code.decode(W_FD) - x).square().sum().backward()
+    elapsed = time.perf_counter() - start
+    for p in (*encoder.parameters(), W_FD):
+        if p is not None:
+            p.grad = None
+    return elapsed
+
+
+def main() -> None:
+    """Print the median times and their ratio for several densities."""
+    keep_freed_memory()
+    torch.manual_seed(0)
+    n_tokens, d_model, d_sae = 2048, 576, 9216
+    cfg = build(SAEConfig, {"hook_point_in": "x", "hook_point_out": "x", "d_model": d_model, "expansion_factor": 16})
+    activation = ReLU(cfg)
+    x = torch.randn(n_tokens, d_model)
+    W_FD = torch.randn(d_sae, d_model).div_(d_model**0.5).requires_grad_()
+    W_DF = W_FD.detach().clone().T.requires_grad_()
+    print(f"{'density':>8}{'sparse':>12}{'dense':>12}{'sparse/dense':>14}")
+    for density in (0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12):
+        bias = -(2**0.5) * torch.erfinv(torch.tensor(1 - 2 * density))
+        encoder = LinearEncoder(W_DF, bias.expand(d_sae).clone().requires_grad_())
+        runs = [[seconds(x, encoder, W_FD, activation, dense) for dense in (False, True)] for _ in range(8)][2:]
+        sparse, dense = (statistics.median(times) for times in zip(*runs, strict=True))
+        print(f"{density:>8.1%}{sparse * 1e3:>9.0f} ms{dense * 1e3:>9.0f} ms{sparse / dense:>14.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Measuring a trained dictionary on held-out text: reconstruction, sparsity, downstream loss, examples."""

@@ -1,0 +1,71 @@
+"""An example of every dictionary kind, for promises that all kinds keep. A new kind adds its settings to `VARIANTS`.
+
+A dictionary here is random in every parameter, knows its dataset norms, and has seen one batch in training mode, so
+that running thresholds are what they are after training.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
+from lm_saes.dictionaries.config import BaseSAEConfig
+
+from ..unit.dictionaries.twin import IN, OUT, THETA, random_batch
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "sae": {
+        "autoencoder": {"hook_point_in": IN, "hook_point_out": IN},
+        "transcoder": {"hook_point_in": IN, "hook_point_out": OUT},
+        "ungated": {"hook_point_in": IN, "hook_point_out": OUT, "sparsity_include_decoder_norm": False},
+        "glu": {"hook_point_in": IN, "hook_point_out": OUT, "use_glu_encoder": True, "use_decoder_bias": False},
+    }
+}
+NORMS = ("token-wise", "batch-wise", "dataset-wise", "inference")
+
+
+def variants() -> list[Any]:
+    """Every kind in every variant with every activation function that it admits."""
+    BaseSAEConfig.kind("sae")  # imports all kinds
+    return [
+        pytest.param(kind, name, act_fn, id=f"{kind}-{name}-{act_fn}")
+        for kind in AbstractSparseAutoEncoder.kinds
+        for name in VARIANTS[kind]
+        for act_fn in sorted(BaseSAEConfig.registry[kind].activation_functions)
+    ]
+
+
+every_variant = pytest.mark.parametrize(("kind", "variant", "act_fn"), variants())
+
+
+def example_config(kind: str, variant: str, act_fn: str, norm_activation: str = "inference") -> BaseSAEConfig:
+    settings: dict[str, Any] = {"d_model": 6, "expansion_factor": 4.0, "act_fn": act_fn}
+    if "topk" in act_fn:
+        settings["top_k"] = 3
+    settings |= {"norm_activation": norm_activation} | VARIANTS[kind][variant]
+    return BaseSAEConfig.kind(kind)(**settings)
+
+
+def example(
+    kind: str, variant: str, act_fn: str, norm_activation: str = "inference"
+) -> tuple[AbstractSparseAutoEncoder, dict[str, Any]]:
+    """A dictionary in training mode, and a raw batch with a mask whose hook points differ in scale."""
+    cfg = example_config(kind, variant, act_fn, norm_activation)
+    dictionary = AbstractSparseAutoEncoder.from_config(cfg)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in dictionary.named_parameters():
+            value = torch.randn(parameter.shape, generator=draw)
+            parameter.copy_(0.4 * value - 1 if name == THETA else 0.5 * value)
+    batch = random_batch(cfg, (4, 5), masked=True)  # type: ignore[arg-type]
+    for i, hook in enumerate(cfg.associated_hook_points):
+        batch[hook] = batch[hook] * (1.5 + 3 * i)
+    dictionary.set_dataset_average_activation_norm(
+        {hook: 3.0 + 8 * i for i, hook in enumerate(cfg.associated_hook_points)}
+    )
+    with torch.no_grad():
+        dictionary.record(batch)
+    return dictionary, batch
