@@ -64,7 +64,7 @@ class ActivationFunction(nn.Module, ABC):
 
     @abstractmethod
     def candidates(self, s_BF: Tensor, rows: slice) -> Tensor:
-        """Entries of a block that the code must hold: bool `[B, F]`, or as many columns of each row, `[B, C]` (int64)."""
+        """Entries of a block that the code has to hold: bool `[B, F]`, or columns, as many a row, `[B, C]` (int64)."""
 
     def settle(self, s_E: Tensor) -> Tensor:
         """After the last block: which of all candidates compete successfully (bool `[E]`); may raise `Missed`.

@@ -152,7 +152,7 @@ def test_k_schedule(run: New, new_sae: New, batches: New, settings: dict[str, An
 # --- precision, metrics ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_amp_dtype(
     run: New, new_sae: New, batches: New, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None
 ) -> None:
