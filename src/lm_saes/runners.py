@@ -76,15 +76,19 @@ def _train(settings: TrainSettings) -> AbstractSparseAutoEncoder:
         trainer = Trainer(trainer_cfg)
         evaluation = _HeldOut(settings.eval, model, settings.datasets) if settings.eval and model else None
         ended_early = trainer.fit(sae, stream, eval_fn=evaluation, loggers=_loggers(settings, run))
-        provenance = {"model": {} if model is None else model.provenance(), "data": stream.provenance()}
+        read_by = {} if model is None else model.provenance()
+        if settings.model_name is not None:
+            read_by["model_name"] = settings.model_name
+        provenance = {"model": read_by, "data": stream.provenance()}
     result: Evaluation = {}
     if evaluation:
         if ended_early or not evaluation.last:  # else the last step was evaluated
             evaluation(sae)
         result = evaluation.last
         write_evaluation(run, result)
-    _write_json(run / "provenance.json", {**_versions(), **provenance, "tokens": trainer.cur_tokens,
-                                          "steps": trainer.cur_step, "metrics": numbers(result)})  # fmt: skip
+    names = {"name": settings.sae_name, "series": settings.sae_series}
+    progress = {"tokens": trainer.cur_tokens, "steps": trainer.cur_step, "metrics": numbers(result)}
+    _write_json(run / "provenance.json", {**names, **_versions(), **provenance, **progress})
     write_report(run)
     return sae
 

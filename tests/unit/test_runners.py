@@ -123,6 +123,7 @@ def test_a_run_directory_has_every_file(trained: tuple[Path, SparseAutoEncoder],
     assert build(TrainSAESettings, read(run / "settings.json")).to_json() == read(run / "settings.json")
     provenance = read(run / "provenance.json")
     assert {"lm_saes", "torch", "transformers", "model", "data", "tokens", "metrics"} <= set(provenance)
+    assert provenance["name"] and "series" in provenance
     assert provenance["tokens"] == 12 * 64 and provenance["model"] and provenance["data"]
     assert "<html" in (run / "report.html").read_text(encoding="utf-8").lower()
 
