@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from lm_saes.data.writer import ActivationWriter as ActivationWriter
     from lm_saes.data.writer import ActivationWriterConfig as ActivationWriterConfig
     from lm_saes.dictionaries.base import AbstractSparseAutoEncoder as AbstractSparseAutoEncoder
+    from lm_saes.dictionaries.clt import CLTConfig as CLTConfig
+    from lm_saes.dictionaries.clt import CrossLayerTranscoder as CrossLayerTranscoder
     from lm_saes.dictionaries.config import BaseSAEConfig as BaseSAEConfig
+    from lm_saes.dictionaries.crosscoder import CrossCoder as CrossCoder
+    from lm_saes.dictionaries.crosscoder import CrossCoderConfig as CrossCoderConfig
     from lm_saes.dictionaries.sae import SAEConfig as SAEConfig
     from lm_saes.dictionaries.sae import SparseAutoEncoder as SparseAutoEncoder
     from lm_saes.evaluation.evaluator import EvalConfig as EvalConfig
@@ -32,9 +36,13 @@ if TYPE_CHECKING:
     from lm_saes.initializer import InitializerConfig as InitializerConfig
     from lm_saes.runners import EvaluateSAESettings as EvaluateSAESettings
     from lm_saes.runners import GenerateActivationsSettings as GenerateActivationsSettings
+    from lm_saes.runners import TrainCLTSettings as TrainCLTSettings
+    from lm_saes.runners import TrainCrossCoderSettings as TrainCrossCoderSettings
     from lm_saes.runners import TrainSAESettings as TrainSAESettings
     from lm_saes.runners import evaluate_sae as evaluate_sae
     from lm_saes.runners import generate_activations as generate_activations
+    from lm_saes.runners import train_clt as train_clt
+    from lm_saes.runners import train_crosscoder as train_crosscoder
     from lm_saes.runners import train_sae as train_sae
     from lm_saes.trainer import Trainer as Trainer
     from lm_saes.training.config import TrainerConfig as TrainerConfig
@@ -51,6 +59,10 @@ _MODULE_OF = {
     "ActivationWriterConfig": "lm_saes.data.writer",
     "BaseSAEConfig": "lm_saes.dictionaries.config",
     "BufferShuffleConfig": "lm_saes.data.factory_config",
+    "CLTConfig": "lm_saes.dictionaries.clt",
+    "CrossCoder": "lm_saes.dictionaries.crosscoder",
+    "CrossCoderConfig": "lm_saes.dictionaries.crosscoder",
+    "CrossLayerTranscoder": "lm_saes.dictionaries.clt",
     "DatasetConfig": "lm_saes.data.text",
     "EvalConfig": "lm_saes.evaluation.evaluator",
     "EvaluateSAESettings": "lm_saes.runners",
@@ -63,6 +75,8 @@ _MODULE_OF = {
     "LanguageModelConfig": "lm_saes.data.language_model",
     "SAEConfig": "lm_saes.dictionaries.sae",
     "SparseAutoEncoder": "lm_saes.dictionaries.sae",
+    "TrainCLTSettings": "lm_saes.runners",
+    "TrainCrossCoderSettings": "lm_saes.runners",
     "TrainSAESettings": "lm_saes.runners",
     "Trainer": "lm_saes.trainer",
     "TrainerConfig": "lm_saes.training.config",
@@ -71,6 +85,8 @@ _MODULE_OF = {
     "generate_activations": "lm_saes.runners",
     "load_dataset": "lm_saes.data.text",
     "load_language_model": "lm_saes.data.language_model",
+    "train_clt": "lm_saes.runners",
+    "train_crosscoder": "lm_saes.runners",
     "train_sae": "lm_saes.runners",
 }
 

@@ -172,7 +172,7 @@ class Initializer:
             sae.init_encoder_bias_with_mean_hidden_pre(batch)
 
     def _tie(self, sae: AbstractSparseAutoEncoder) -> None:
-        if self.cfg.init_encoder_with_decoder_transpose:
+        if self.cfg.init_encoder_with_decoder_transpose and sae.ties_encoder:
             sae.init_encoder_with_decoder_transpose(self.cfg.init_encoder_with_decoder_transpose_factor)
 
     def _looks_at_a_batch(self) -> bool:
@@ -185,6 +185,11 @@ class Initializer:
         )
 
     def _check(self, cfg: BaseSAEConfig) -> None:
+        name = "init_encoder_with_decoder_transpose"
+        tied = getattr(self.cfg, name) and name in self.cfg.model_fields_set
+        if tied and not AbstractSparseAutoEncoder.kinds[cfg.sae_type].ties_encoder:
+            kind = f"a dictionary of sae_type={cfg.sae_type!r}"
+            raise ConfigError(f"{name}=True: {kind} has no encoder of its decoder's shape; remove it")
         if self.cfg.init_log_jumprelu_threshold_value is not None and cfg.act_fn != "jumprelu":
             value = self.cfg.init_log_jumprelu_threshold_value
             raise ConfigError(

@@ -30,6 +30,8 @@ from lm_saes.report.report import write_report
 from lm_saes.settings import (
     EvaluateSAESettings,
     GenerateActivationsSettings,
+    TrainCLTSettings,
+    TrainCrossCoderSettings,
     TrainSAESettings,
     TrainSettings,
     check_evaluation,
@@ -42,15 +44,32 @@ from lm_saes.training.loggers import ConsoleLogger, JsonlLogger, Loggers, Tensor
 __all__ = [
     "EvaluateSAESettings",
     "GenerateActivationsSettings",
+    "TrainCLTSettings",
+    "TrainCrossCoderSettings",
     "TrainSAESettings",
     "evaluate_sae",
     "generate_activations",
+    "train_clt",
+    "train_crosscoder",
     "train_sae",
 ]
 
 
 def train_sae(settings: TrainSAESettings) -> AbstractSparseAutoEncoder:
-    """Train a sparse autoencoder or transcoder; the run's directory then holds weights, metrics and report."""
+    """Train a sparse autoencoder or transcoder.
+
+    The run's directory then holds weights, metrics, evaluation and report.
+    """
+    return _train(settings)
+
+
+def train_crosscoder(settings: TrainCrossCoderSettings) -> AbstractSparseAutoEncoder:
+    """Train a crosscoder; as `train_sae`."""
+    return _train(settings)
+
+
+def train_clt(settings: TrainCLTSettings) -> AbstractSparseAutoEncoder:
+    """Train a cross-layer transcoder; as `train_sae`."""
     return _train(settings)
 
 

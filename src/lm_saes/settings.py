@@ -13,7 +13,9 @@ from lm_saes.data.factory_config import ActivationFactoryTarget
 from lm_saes.data.language_model import LanguageModelConfig
 from lm_saes.data.text import DatasetConfig
 from lm_saes.data.writer import ActivationWriterConfig
+from lm_saes.dictionaries.clt import CLTConfig
 from lm_saes.dictionaries.config import BaseSAEConfig
+from lm_saes.dictionaries.crosscoder import CrossCoderConfig
 from lm_saes.dictionaries.sae import SAEConfig
 from lm_saes.errors import ConfigError
 from lm_saes.evaluation.evaluator import EvalConfig
@@ -91,6 +93,20 @@ class TrainSAESettings(TrainSettings):
     """Train a sparse autoencoder or a transcoder."""
 
     sae: SAEConfig  # type: ignore[assignment]
+    """The dictionary."""
+
+
+class TrainCrossCoderSettings(TrainSettings):
+    """Train a crosscoder."""
+
+    sae: CrossCoderConfig  # type: ignore[assignment]
+    """The dictionary."""
+
+
+class TrainCLTSettings(TrainSettings):
+    """Train a cross-layer transcoder."""
+
+    sae: CLTConfig  # type: ignore[assignment]
     """The dictionary."""
 
 

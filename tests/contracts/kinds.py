@@ -22,7 +22,20 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "transcoder": {"hook_point_in": IN, "hook_point_out": OUT},
         "ungated": {"hook_point_in": IN, "hook_point_out": OUT, "sparsity_include_decoder_norm": False},
         "glu": {"hook_point_in": IN, "hook_point_out": OUT, "use_glu_encoder": True, "use_decoder_bias": False},
-    }
+    },
+    "crosscoder": {
+        "crosscoder": {"hook_points": [IN, OUT, "third"]},
+        "ungated": {"hook_points": [IN, OUT], "sparsity_include_decoder_norm": False, "use_decoder_bias": False},
+    },
+    "clt": {
+        "clt": {"hook_points_in": [IN, "in1", "in2"], "hook_points_out": [OUT, "out1", "out2"]},
+        "ungated": {
+            "hook_points_in": [IN, OUT],
+            "hook_points_out": [OUT, "third"],
+            "sparsity_include_decoder_norm": False,
+            "use_decoder_bias": False,
+        },
+    },
 }
 NORMS = ("token-wise", "batch-wise", "dataset-wise", "inference")
 

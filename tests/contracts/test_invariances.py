@@ -95,8 +95,8 @@ def test_unit_decoder_norm_keeps_the_function(kind: str, variant: str, act_fn: s
     dictionary.eval()
     with torch.no_grad():
         want, active = dictionary.reconstruct(other), selected(dictionary, other)
-    if variant == "ungated" and "topk" in act_fn:
-        with pytest.raises(NotImplementedError, match="without gating"):
+    if reason := no_unit_norm(kind, variant, act_fn):
+        with pytest.raises(NotImplementedError, match=reason):
             dictionary.transform_to_unit_decoder_norm()
         return
     dictionary.transform_to_unit_decoder_norm()
@@ -106,8 +106,17 @@ def test_unit_decoder_norm_keeps_the_function(kind: str, variant: str, act_fn: s
         assert torch.equal(selected(dictionary, other), active)
 
 
+def no_unit_norm(kind: str, variant: str, act_fn: str) -> str | None:
+    """Why decoder norms cannot be moved into the encoder, where they cannot."""
+    if kind == "crosscoder":
+        return "share one encoder"
+    return "without gating" if variant == "ungated" and "topk" in act_fn else None
+
+
 @every_variant
 def test_permuted_latents_are_permuted_outputs(kind: str, variant: str, act_fn: str) -> None:
+    if (kind, variant, act_fn) == ("crosscoder", "ungated", "layertopk"):
+        return  # ungated heads select on the same h: which of two equal ones is the last of k depends on the order
     dictionary, batch = example(kind, variant, act_fn)
     permuted, _ = example(kind, variant, act_fn)
     order = torch.randperm(dictionary.cfg.d_sae, generator=torch.Generator().manual_seed(7))
@@ -129,7 +138,7 @@ def test_permuted_latents_are_permuted_outputs(kind: str, variant: str, act_fn: 
 @every_variant
 def test_two_micro_batches_are_one_batch(kind: str, variant: str, act_fn: str, sparsity: str) -> None:
     dictionary, batch = example(kind, variant, act_fn)
-    if act_fn == "batchtopk":  # in training it chooses within each micro-batch
+    if act_fn.startswith("batch"):  # in training it chooses within each micro-batch
         dictionary.eval()
     settings: dict[str, Any] = {
         "sparsity_loss_type": sparsity,
@@ -137,7 +146,7 @@ def test_two_micro_batches_are_one_batch(kind: str, variant: str, act_fn: str, s
         "lp_coefficient": 0.3 if act_fn == "jumprelu" else 0.0,
         "auxk_coefficient": 0.2,
         "k_aux": 2,
-        "is_dead": torch.arange(dictionary.cfg.d_sae) % 3 == 0,
+        "is_dead": torch.arange(math.prod(dictionary.dead_shape)).view(dictionary.dead_shape) % 3 == 0,
     }
 
     def loss(given: dict[str, Any]) -> Tensor:
@@ -178,7 +187,7 @@ def test_a_zero_direction_stays_zero(kind: str, variant: str, act_fn: str) -> No
     dictionary = AbstractSparseAutoEncoder.from_config(example_config(kind, variant, act_fn))
     dictionary.set_decoder_to_fixed_norm(5.0, force_exact=True)
     dictionary.set_encoder_to_fixed_norm(5.0)
-    if not (variant == "ungated" and "topk" in act_fn):
+    if not no_unit_norm(kind, variant, act_fn):
         dictionary.transform_to_unit_decoder_norm()
     for name, parameter in dictionary.named_parameters():
         assert not parameter.any(), name  # neither NaN nor anything else
@@ -193,8 +202,8 @@ def test_parameters_are_named_cut_and_grouped(kind: str, variant: str, act_fn: s
     named = dict(dictionary.named_parameters())
     assert dictionary.dim_maps().keys() == named.keys()
     for name, cuts in dictionary.dim_maps().items():
-        for dim in cuts.values():
-            assert named[name].shape[dim] == dictionary.cfg.d_sae, name
+        if "model" in cuts:
+            assert named[name].shape[cuts["model"]] == dictionary.cfg.d_sae, name
     groups = {group["name"]: group["params"] for group in dictionary.get_parameters()}
     assert set(groups) == ({"others", "jumprelu"} if act_fn == "jumprelu" else {"others"})
     grouped = [id(p) for params in groups.values() for p in params]
@@ -208,7 +217,8 @@ def test_parameters_are_named_cut_and_grouped(kind: str, variant: str, act_fn: s
 def test_state_goes_round(kind: str, variant: str, act_fn: str) -> None:
     dictionary, _ = example(kind, variant, act_fn, "dataset-wise")
     state = dictionary.full_state_dict()
-    assert set(state) >= set(dict(dictionary.named_parameters())) | set(dict(dictionary.named_buffers()))
+    own = set(dict(dictionary.named_parameters())) | set(dict(dictionary.named_buffers()))
+    assert set(state) >= {name for name in own if not name.startswith("decoders.")}  # a CLT's have other names in files
     for hook in dictionary.cfg.associated_hook_points:
         assert state[f"dataset_average_activation_norm.{hook}"].shape == ()
     other = AbstractSparseAutoEncoder.from_config(dictionary.cfg)

@@ -19,6 +19,7 @@ import lm_saes
 from lm_saes import cli
 from lm_saes.config import BaseConfig, apply_overrides, build, read_document
 from lm_saes.errors import ConfigError
+from lm_saes.runners import train_settings_class
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -54,7 +55,7 @@ def of_language(language: str) -> list[Block]:
 def settings_class(document: Mapping[str, Any]) -> type[BaseConfig]:
     """The settings that a whole config file is for, by what only they have."""
     if "trainer" in document:
-        return lm_saes.TrainSAESettings
+        return train_settings_class(document["sae"].get("sae_type", "sae"))
     return lm_saes.GenerateActivationsSettings if "writer" in document else lm_saes.EvaluateSAESettings
 
 

@@ -20,8 +20,8 @@ from lm_saes.dictionaries.files import Stored, load_weights
 from lm_saes.dictionaries.loss_result import LossResult
 from lm_saes.dictionaries.normalization import Normalizing
 from lm_saes.dictionaries.record import Record
+from lm_saes.dictionaries.selection import Selecting
 from lm_saes.errors import ConfigError
-from lm_saes.latents.activations import ActivationFunction
 from lm_saes.latents.axis import LatentAxis
 from lm_saes.latents.codes import Code
 from lm_saes.losses.objective import objective
@@ -30,7 +30,7 @@ from lm_saes.losses.settings import LossSettings
 logger = logging.getLogger(__name__)
 
 
-class AbstractSparseAutoEncoder(Normalizing, Stored, ABC):
+class AbstractSparseAutoEncoder(Selecting, Normalizing, Stored, ABC):
     """A dictionary of sparse latents for a language model's activations.
 
     Activations come as a batch: a mapping from hook point to `[batch, d]` or `[batch, seq, d]`, with `tokens` and an
@@ -40,6 +40,12 @@ class AbstractSparseAutoEncoder(Normalizing, Stored, ABC):
 
     kinds: ClassVar[dict[str, type[AbstractSparseAutoEncoder]]] = {}
     config_class: ClassVar[type[BaseSAEConfig]]
+    ties_encoder: ClassVar[bool] = True
+    """Whether the encoder can start as the decoder's transpose."""
+    averages_sites: ClassVar[bool] = False
+    """Whether several sites of one latent (a crosscoder's heads) are averaged over, not added up, in L0."""
+    latent_dimensions: ClassVar[tuple[str, ...]] = ("sae",)
+    """Names of the dimensions of dense latents after those of tokens."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -50,7 +56,7 @@ class AbstractSparseAutoEncoder(Normalizing, Stored, ABC):
         super().__init__()
         self.cfg = cfg.model_copy()
         self.axis = LatentAxis()
-        self.activation_function = ActivationFunction.registry[cfg.act_fn](cfg)
+        self.build_selection()
 
     # -- the mathematics of a kind ---------------------------------------------------------------------------------
 
@@ -99,10 +105,6 @@ class AbstractSparseAutoEncoder(Normalizing, Stored, ABC):
         """Norm of each latent's encoder direction, `[F]`."""
 
     @abstractmethod
-    def decoder_norm(self, keepdim: bool = False) -> Tensor:
-        """Norm of each latent's decoder direction, `[F]`; differentiable."""
-
-    @abstractmethod
     def decoder_bias_norm(self) -> Tensor:
         """Norm of the decoder bias (0-d; 0 without a bias)."""
 
@@ -138,6 +140,10 @@ class AbstractSparseAutoEncoder(Normalizing, Stored, ABC):
     def init_W_D_with_active_subspace(self, batch: Mapping[str, Any], d_active_subspace: int) -> None:
         """Put decoder rows into the directions of most variance of the (normalised) labels."""
         raise NotImplementedError(f"{type(self).__name__}: has no one decoder matrix")
+
+    def init_tc_with_mlp(self, batch: Mapping[str, Any], mlp: Callable[[Tensor], Tensor]) -> None:
+        """Start a transcoder's decoder from what the model's own MLP makes of the encoder's directions (raw batch)."""
+        raise NotImplementedError(f"{type(self).__name__}: is no transcoder, so no MLP stands between its hook points")
 
     @abstractmethod
     def dim_maps(self) -> dict[str, dict[str, int]]:
@@ -192,28 +198,27 @@ class AbstractSparseAutoEncoder(Normalizing, Stored, ABC):
         result = LossResult(self, batch, record, settings)
         if update_dead_statistics is not None:
             with torch.no_grad():
-                specs = ("batch", "context", "sae") if batch["tokens"].ndim == 2 else ("batch", "sae")
+                tokens = ("batch", "context")[: batch["tokens"].ndim]
+                specs = (*tokens, *self.latent_dimensions)
                 updated = update_dead_statistics(result["feature_acts"].detach(), batch.get("mask"), specs)
             is_dead = updated if is_dead is None else is_dead
         result.terms.update(objective(self, record, settings, is_dead))
         return result if return_aux_data else result["loss"]
 
-    def selection_scale(self, norm: Tensor) -> Tensor | None:
-        """What selection multiplies `h` by: the decoder norms with gating, else None (no gradient either way)."""
-        return norm.detach() if self.cfg.sparsity_include_decoder_norm else None
+    @property
+    def dead_shape(self) -> tuple[int, ...]:
+        """Shape of what is counted per latent: firing, and tokens since the last activation."""
+        return (self.cfg.d_sae,)
+
+    def latent_counts(self, record: Record) -> Tensor:
+        """On how many valid tokens of a record each latent is active, shaped `dead_shape`."""
+        return record.counts.view(self.dead_shape)
+
+    def latent_entries(self, record: Record) -> tuple[Tensor, Tensor, Tensor]:
+        """Token, latent (its place in `dead_shape`, flattened) and value of every active latent, in order of tokens."""
+        return record.code.entries()
 
     # -- parameters, saving, loading -------------------------------------------------------------------------------
-
-    def set_current_k(self, current_k: int) -> None:
-        """Set the k that the top-k family uses now."""
-        if not hasattr(self.activation_function, "k"):
-            raise ConfigError(f"act_fn={self.cfg.act_fn!r} has no k to set")
-        self.activation_function.k = current_k  # type: ignore[assignment]
-
-    @property
-    def current_k(self) -> int | None:
-        """The k that the top-k family uses now; None for other activation functions."""
-        return getattr(self.activation_function, "k", None)
 
     def get_parameters(self) -> list[dict[str, Any]]:
         """Parameter groups: `"others"` and, if there are learnt thresholds, `"jumprelu"`."""

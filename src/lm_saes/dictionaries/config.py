@@ -16,6 +16,7 @@ from lm_saes.config import LENIENT, BaseConfig, DType, describe
 from lm_saes.errors import CheckpointError, ConfigError
 from lm_saes.latents.activations import ActivationFunction
 
+ALL_ACTIVATIONS = frozenset({"relu", "topk", "batchtopk", "jumprelu", "layertopk", "batchlayertopk"})
 NormActivation = Literal["token-wise", "batch-wise", "dataset-wise", "inference"]
 
 
@@ -91,9 +92,29 @@ class BaseSAEConfig(BaseConfig):
         return int(self.d_model * self.expansion_factor)
 
     @property
+    def threshold_shape(self) -> tuple[int, ...]:
+        """Shape of JumpReLU's thresholds."""
+        return (self.d_sae,)
+
+    @property
+    def n_selection_pools(self) -> int:
+        """Pools of entries that batch-wide selection picks from, each for itself."""
+        return 1
+
+    @property
     @abstractmethod
+    def hook_points_read(self) -> list[str]:
+        """The hook points that inputs come from, in order."""
+
+    @property
+    @abstractmethod
+    def hook_points_written(self) -> list[str]:
+        """The hook points that are reconstructed, in order."""
+
+    @property
     def associated_hook_points(self) -> list[str]:
         """Every hook point that the dictionary reads or writes, without repetition."""
+        return list(dict.fromkeys([*self.hook_points_read, *self.hook_points_written]))
 
     def save_hyperparameters(self, directory: str | Path) -> None:
         """Write `config.json` into `directory`."""

@@ -25,6 +25,7 @@ class Stored(nn.Module):
 
     cfg: BaseSAEConfig
     dataset_average_activation_norm: dict[str, float] | None
+    selection_norm: Tensor | None
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Every tensor that defines this dictionary, under its name in files."""
@@ -38,6 +39,8 @@ class Stored(nn.Module):
         Raises:
             CheckpointError: with `strict`, names are missing or unexpected; in any case, if shapes differ.
         """
+        if "selection_norm" in state:
+            self.selection_norm = state["selection_norm"].clone()
         norms = {name: t.squeeze() for name, t in state.items() if name.startswith(_NORM_KEY)}
         weights = {name: t for name, t in state.items() if name not in norms}
         wanted = dict.fromkeys([_NORM_KEY + hook for hook in self.cfg.associated_hook_points], torch.zeros(()))
@@ -102,7 +105,9 @@ def load_weights(directory: str | Path) -> dict[str, Tensor]:
     return loaded
 
 
-def check_fit(own: Mapping[str, Tensor], given: Mapping[str, Tensor], strict: bool, optional: Set[str]) -> None:
+def check_fit(
+    own: Mapping[str, Tensor], given: Mapping[str, Tensor], strict: bool, optional: Set[str] = frozenset()
+) -> None:
     """Raise `CheckpointError` unless `given` tensors have the shapes, and with `strict` the names, of one's `own`."""
     for name in sorted(set(own) & set(given)):
         if given[name].shape != own[name].shape:

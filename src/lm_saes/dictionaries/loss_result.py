@@ -31,7 +31,10 @@ class LossResult(Mapping[str, Any]):
 
     @cached_property
     def _feature_acts(self) -> Tensor:
-        return self.record.code.dense().view(*self._dictionary.prepare_input(self._batch).shape[:-1], -1)
+        dense, shape = self.record.code.dense(), self["label"].shape
+        if self._dictionary.latent_dimensions == ("sae",):
+            return dense.view(*shape[:-1], -1)
+        return dense.view(*shape[1:-1], shape[0], -1)
 
     def __getitem__(self, name: str) -> Any:
         if name in _TERMS:

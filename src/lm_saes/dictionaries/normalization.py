@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -58,6 +58,33 @@ class Normalizing(nn.Module):
                 factors[hook] = self.compute_norm_factor(x, hook, batch.get("mask"))
                 scaled[hook] = x if self.cfg.norm_activation == "inference" else x * factors[hook]
         return (scaled, factors) if return_scale_factor else scaled
+
+    def denormalize_sites(self, batch: Mapping[str, Any], reconstruction: Tensor, hook_points: Sequence[str]) -> Tensor:
+        """Bring `[S, ..., d]` reconstructions of several hook points back to the raw scale of each.
+
+        Raises:
+            DataError: token-wise or batch-wise scales, and the batch lacks the activations that they come from.
+        """
+        mode, parts = self.cfg.norm_activation, []
+        for hook, y in zip(hook_points, reconstruction, strict=True):
+            if hook not in batch and mode in ("token-wise", "batch-wise"):
+                raise DataError(
+                    f"norm_activation={mode!r}: the scale of {hook!r} comes from its own activations; add them"
+                )
+            label = batch.get(hook, y).to(self.cfg.dtype)
+            parts.append(y / self.compute_norm_factor(label, hook, batch.get("mask")))
+        return torch.stack(parts)
+
+    def is_foldable(self) -> bool:
+        """Whether there are dataset-wise factors to fold (False: nothing is scaled).
+
+        Raises:
+            NotImplementedError: token-wise or batch-wise scales, which depend on the activations.
+        """
+        mode = self.cfg.norm_activation
+        if mode in ("token-wise", "batch-wise"):
+            raise NotImplementedError(f"norm_activation={mode!r} depends on the activations: nothing to fold")
+        return mode == "dataset-wise"
 
     def set_dataset_average_activation_norm(self, norms: Mapping[str, float]) -> None:
         """Set the mean norm of each hook point's raw activations."""

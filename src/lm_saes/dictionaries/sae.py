@@ -10,7 +10,7 @@ latent's weights lie together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -21,10 +21,14 @@ from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.dictionaries.normalization import geometric_median
 from lm_saes.dictionaries.record import Record
+from lm_saes.dictionaries.rows import active_directions, flat_mask, hook_rows, valid_rows
 from lm_saes.errors import ConfigError, DataError
 from lm_saes.latents.codes import Code
 from lm_saes.latents.linear import LinearEncoder, encode
 from lm_saes.losses.dead_latents import auxk
+
+MLP_ROWS = 4096
+"""Rows that go through the model's MLP at a time: its hidden layer is several times wider than the model."""
 
 
 class SAEConfig(BaseSAEConfig):
@@ -40,9 +44,12 @@ class SAEConfig(BaseSAEConfig):
     """Multiply each pre-activation by a learnt gate (gated linear unit)."""
 
     @property
-    def associated_hook_points(self) -> list[str]:
-        """The hook points read and written."""
-        return list(dict.fromkeys([self.hook_point_in, self.hook_point_out]))
+    def hook_points_read(self) -> list[str]:
+        return [self.hook_point_in]
+
+    @property
+    def hook_points_written(self) -> list[str]:
+        return [self.hook_point_out]
 
 
 def _latent_major(d_model: int, d_sae: int, cfg: SAEConfig) -> nn.Parameter:
@@ -75,28 +82,18 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
             return LinearEncoder(self.W_E, self.b_E, self.W_E_glu, self.b_E_glu)
         return LinearEncoder(self.W_E, self.b_E)
 
-    def _activations(self, batch: Mapping[str, Any], hook_point: str) -> Tensor:
-        if hook_point not in batch:
-            raise DataError(f"batch: hook point {hook_point!r} is missing; it has {sorted(batch)}")
-        x = batch[hook_point]
-        if x.shape[-1] != self.cfg.d_model:
-            raise DataError(f"{hook_point}: shape {tuple(x.shape)}, wanted [..., {self.cfg.d_model}] (d_model)")
-        return x
-
     def prepare_input(self, batch: Mapping[str, Any]) -> Tensor:
-        return self._activations(batch, self.cfg.hook_point_in)
+        return hook_rows(batch, self.cfg.hook_point_in, self.cfg.d_model)
 
     def prepare_label(self, batch: Mapping[str, Any]) -> Tensor:
-        return self._activations(batch, self.cfg.hook_point_out)
+        return hook_rows(batch, self.cfg.hook_point_out, self.cfg.d_model)
 
     def encode_sparse(self, x: Tensor, mask: Tensor | None = None) -> Code:
         return self._encode_rows(x.reshape(-1, x.shape[-1]), mask, self.decoder_norm())
 
     def _encode_rows(self, x_ND: Tensor, mask: Tensor | None, norm_F: Tensor) -> Code:
-        mask_N = None if mask is None else mask.reshape(-1).bool()
-        return encode(
-            self.axis.enter(x_ND), self.encoder, self.activation_function, self.selection_scale(norm_F), mask_N
-        )
+        scale_F = self.selection_scale(norm_F)
+        return encode(self.axis.enter(x_ND), self.encoder, self.activation_function, scale_F, flat_mask(mask))
 
     def hidden_pre(self, x: Tensor) -> Tensor:
         return self.encoder.pre_activations(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
@@ -112,8 +109,7 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
     def make_record(self, batch: Mapping[str, Any]) -> Record:
         x_ND = self.prepare_input(batch).reshape(-1, self.cfg.d_model)
         y_ND = self.prepare_label(batch).reshape(-1, self.cfg.d_model)
-        mask = batch.get("mask")
-        mask_N = None if mask is None else mask.reshape(-1).bool()
+        mask_N = flat_mask(batch.get("mask"))
         norm_F = self.decoder_norm()
         code = self._encode_rows(x_ND, mask_N, norm_F)
         n_tokens = (torch.tensor(len(x_ND), device=x_ND.device) if mask_N is None else mask_N.sum()).to(torch.float32)
@@ -140,19 +136,13 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
 
     def pre_activation_loss(self, record: Record) -> Tensor:
         """Gated `sum_i relu(theta_i - h_i norm_i)`, else `sum_i relu(theta_i - h_i) norm_i`; mean over tokens."""
-        theta_F, norm_F = self._theta("lp_coefficient"), record.norm[0]
+        theta_F, norm_F = self.theta("lp_coefficient"), record.norm[0]
         h_NF = self.encoder.pre_activations(record.input[0])
         if self.cfg.sparsity_include_decoder_norm:
             short_NF = torch.relu(theta_F - h_NF * norm_F)
         else:
             short_NF = torch.relu(theta_F - h_NF) * norm_F
         return record.token_mean(self.axis.leave(short_NF.sum(1)))
-
-    def _theta(self, setting: str) -> Tensor:
-        log_theta = self.activation_function.log_threshold
-        if log_theta is None:
-            raise ConfigError(f"{setting}: needs learnt thresholds; use act_fn='jumprelu', not {self.cfg.act_fn!r}")
-        return log_theta.exp().to(self.cfg.dtype)
 
     def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:
         scale_F = self.selection_scale(record.norm[0])
@@ -186,19 +176,10 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
         Raises:
             NotImplementedError: ungated top-k selection, where it would change which latents are selected.
         """
-        gated, name = self.cfg.sparsity_include_decoder_norm, self.cfg.act_fn
-        if not gated and self.current_k is not None:
-            raise NotImplementedError(
-                f"act_fn={name!r} without gating ranks latents by h, which unit decoder norms would rescale: "
-                "other latents would be selected"
-            )
-        norm_F = self.decoder_norm()
-        norm_F = torch.where(norm_F > 0, norm_F, 1.0)
+        norm_F = self.unit_norm_factors()
         self.W_D.div_(norm_F[:, None])
         self.W_E.mul_(norm_F)
         self.b_E.mul_(norm_F)
-        if not gated and self.activation_function.log_threshold is not None:
-            self.activation_function.log_threshold.add_(norm_F.log())
 
     @torch.no_grad()
     def standardize_parameters_of_dataset_norm(self) -> None:
@@ -208,12 +189,8 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
             NotImplementedError: token-wise or batch-wise scales, which depend on the activations.
             ConfigError: no average norms are known.
         """
-        if self.cfg.norm_activation == "inference":
+        if not self.is_foldable():
             return
-        if self.cfg.norm_activation != "dataset-wise":
-            raise NotImplementedError(
-                f"norm_activation={self.cfg.norm_activation!r} depends on the activations: nothing to fold"
-            )
         factor_in = self.compute_norm_factor(self.W_D, self.cfg.hook_point_in)
         factor_out = self.compute_norm_factor(self.W_D, self.cfg.hook_point_out)
         self.W_E.mul_(factor_in)
@@ -240,12 +217,7 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
         self.b_E.zero_()
         if self.b_D is not None:
             self.b_D.zero_()
-        if self.activation_function.log_threshold is not None:
-            if init_log_jumprelu_threshold_value is None:
-                raise ConfigError(
-                    f"init_log_jumprelu_threshold_value=None: act_fn={self.cfg.act_fn!r} needs a starting threshold"
-                )
-            self.activation_function.log_threshold.fill_(init_log_jumprelu_threshold_value)
+        self.init_thresholds(init_log_jumprelu_threshold_value)
 
     @torch.no_grad()
     def init_encoder_with_decoder_transpose(self, factor: float = 1.0) -> None:
@@ -257,23 +229,37 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
         """`b_D =` the geometric median of the valid (normalised) labels."""
         if self.b_D is None:
             raise ConfigError("bias_init_method: use_decoder_bias is off; there is no bias to set")
-        self.b_D.copy_(geometric_median(_valid_rows(self.prepare_label(batch), batch)))
+        self.b_D.copy_(geometric_median(valid_rows(self.prepare_label(batch), batch)))
 
     @torch.no_grad()
     def init_encoder_bias_with_mean_hidden_pre(self, batch: Mapping[str, Any]) -> None:
         """`b_E = -` the mean over valid tokens of `x W_E` (`batch` is normalised)."""
-        self.b_E.copy_(-_valid_rows(self.prepare_input(batch), batch).mean(0) @ self.W_E)
+        self.b_E.copy_(-valid_rows(self.prepare_input(batch), batch).mean(0) @ self.W_E)
 
     @torch.no_grad()
     def init_W_D_with_active_subspace(self, batch: Mapping[str, Any], d_active_subspace: int) -> None:
         """`W_D <- W_D[:, :m] U_m^T`: decoder rows within the m directions of most variance of the normalised labels."""
-        if not 0 < d_active_subspace <= self.cfg.d_model:
-            raise ConfigError(
-                f"d_active_subspace={d_active_subspace}: must be between 1 and d_model={self.cfg.d_model}"
-            )
-        y_ND = _valid_rows(self.prepare_label(batch), batch).float()
-        directions_MD = torch.linalg.svd(y_ND - y_ND.mean(0), full_matrices=False).Vh[:d_active_subspace]
+        directions_MD = active_directions(valid_rows(self.prepare_label(batch), batch), d_active_subspace)
         self.W_D.copy_(self.W_D[:, : len(directions_MD)] @ directions_MD.to(self.cfg.dtype))
+
+    @torch.no_grad()
+    def init_tc_with_mlp(self, batch: Mapping[str, Any], mlp: Callable[[Tensor], Tensor]) -> None:
+        """Decoder row i `= MLP(mean + direction_i x mean distance from the mean)`, less the rows' mean, of norm 1.
+
+        `direction_i` is encoder direction i, brought to norm 1; mean and distance are those of the valid inputs.
+
+        Args:
+            batch: raw activations.
+            mlp: raw activations `[n, d]` at `hook_point_in` to raw ones at `hook_point_out`.
+        """
+        x_ND = valid_rows(self.prepare_input(batch), batch).to(self.cfg.dtype)
+        mean_D = x_ND.mean(0)
+        distance = torch.linalg.vector_norm(x_ND - mean_D, dim=1).mean()
+        self.set_encoder_to_fixed_norm(1.0)
+        blocks = self.W_E.T.split(MLP_ROWS)
+        y_FD = torch.cat([mlp(mean_D + distance * directions) for directions in blocks])
+        self.W_D.copy_(y_FD - y_FD.mean(0))
+        self.set_decoder_to_fixed_norm(1.0, force_exact=True)
 
     def dim_maps(self) -> dict[str, dict[str, int]]:
         maps = {"W_E": {"model": 1}, "b_E": {"model": 0}, "W_D": {"model": 0}, "b_D": {},
@@ -285,9 +271,3 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
 def _scale_to(value: float, norm: Tensor) -> Tensor:
     """What brings `norm` to `value`; a zero norm stays zero."""
     return torch.where(norm > 0, value / norm, 1.0)
-
-
-def _valid_rows(x: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    mask = batch.get("mask")
-    x_ND = x.reshape(-1, x.shape[-1])
-    return x_ND if mask is None else x_ND[mask.reshape(-1).bool()]

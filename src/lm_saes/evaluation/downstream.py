@@ -6,13 +6,14 @@ Letters: B contexts, S tokens in a context, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lm_saes.data.language_model import LanguageModel
-from lm_saes.dictionaries.sae import SparseAutoEncoder
+from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 
 TOKENS_PER_FORWARD = 1024
 """Contexts are run in groups of about this many tokens, which bounds the memory that the logits take."""
@@ -22,11 +23,12 @@ class DownstreamLoss:
     """Next-token cross-entropy with the original, the reconstructed and a zeroed activation, and the KL divergence
     KL(original || reconstructed) of the predictions.
 
-    Only valid positions are replaced. A position counts if its token and the next one are valid: the model predicts
-    the next token there from a replaced activation. Padding is on the right, so causal attention never reads it.
+    All hook points that the dictionary writes are replaced together, at valid positions only. A position counts if its
+    token and the next one are valid: the model predicts the next token there from a replaced activation. Padding is on
+    the right, so causal attention never reads it.
     """
 
-    def __init__(self, sae: SparseAutoEncoder, model: LanguageModel) -> None:
+    def __init__(self, sae: AbstractSparseAutoEncoder, model: LanguageModel) -> None:
         self.sae = sae
         self.model = model
         self.n_positions = 0
@@ -43,28 +45,31 @@ class DownstreamLoss:
             self._add_group(tokens.to(self.model.device), mask.to(self.model.device))
 
     def _add_group(self, tokens_BS: Tensor, mask_BS: Tensor) -> None:
-        hook_in, hook_out = self.sae.cfg.hook_point_in, self.sae.cfg.hook_point_out
         seen: dict[str, Tensor] = {}
 
-        def watch(activation: Tensor) -> Tensor:
-            seen[hook_in] = activation
-            return activation
+        def watch(hook: str) -> Callable[[Tensor], Tensor]:
+            def keep(activation: Tensor) -> Tensor:
+                seen[hook] = activation
+                return activation
 
-        def put(value: Tensor, activation: Tensor) -> Tensor:
-            return torch.where(mask_BS[..., None], value.to(activation), activation)
+            return keep
 
-        original = self.model.logits(tokens_BS, replace={hook_in: watch})
+        def put(value: Tensor | float) -> Callable[[Tensor], Tensor]:
+            return lambda activation: torch.where(mask_BS[..., None], torch.as_tensor(value).to(activation), activation)
+
+        cfg = self.sae.cfg
+        original = self.model.logits(tokens_BS, replace={hook: watch(hook) for hook in cfg.hook_points_read})
         parameter = next(self.sae.parameters())
         batch = {
-            hook_in: seen[hook_in].to(parameter),
+            **{hook: activation.to(parameter) for hook, activation in seen.items()},
             "tokens": tokens_BS.to(parameter.device),
             "mask": mask_BS.to(parameter.device),
         }
         y_hat = self.sae.reconstruct(batch)
-        reconstructed = self.model.logits(tokens_BS, replace={hook_out: lambda activation: put(y_hat, activation)})
-        ablated = self.model.logits(
-            tokens_BS, replace={hook_out: lambda activation: put(torch.zeros_like(activation), activation)}
-        )
+        sites = y_hat if y_hat.ndim > batch[cfg.hook_points_read[0]].ndim else y_hat[None]
+        replaced = {hook: put(y) for hook, y in zip(cfg.hook_points_written, sites, strict=True)}
+        reconstructed = self.model.logits(tokens_BS, replace=replaced)
+        ablated = self.model.logits(tokens_BS, replace={hook: put(0.0) for hook in cfg.hook_points_written})
         counted = mask_BS[:, :-1] & mask_BS[:, 1:]
         for i, positions in enumerate(counted):
             targets = tokens_BS[i, 1:][positions]

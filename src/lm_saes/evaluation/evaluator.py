@@ -18,7 +18,7 @@ from torch import Tensor
 from lm_saes.config import BaseConfig
 from lm_saes.data.batch import Batch, check_batch
 from lm_saes.data.language_model import LanguageModel
-from lm_saes.dictionaries.sae import SparseAutoEncoder
+from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.errors import DataError
 from lm_saes.evaluation.downstream import DownstreamLoss
 from lm_saes.evaluation.examples import LatentExample, SnippetCollector
@@ -55,7 +55,7 @@ class Evaluator:
 
     @torch.no_grad()
     def evaluate(
-        self, sae: SparseAutoEncoder, stream: Iterable[Batch], model: LanguageModel | None = None
+        self, sae: AbstractSparseAutoEncoder, stream: Iterable[Batch], model: LanguageModel | None = None
     ) -> Evaluation:
         """Measure `sae` on the first `max_tokens` valid tokens of `stream`.
 
@@ -72,12 +72,16 @@ class Evaluator:
         finally:
             sae.train(was_training)
 
-    def _evaluate(self, sae: SparseAutoEncoder, stream: Iterable[Batch], model: LanguageModel | None) -> Evaluation:
+    def _evaluate(
+        self, sae: AbstractSparseAutoEncoder, stream: Iterable[Batch], model: LanguageModel | None
+    ) -> Evaluation:
         cfg = self.cfg
         parameter = next(sae.parameters())
-        reconstruction = _Reconstruction()
-        snippets = SnippetCollector(sae.cfg.d_sae, cfg.n_snippets, cfg.snippet_context, parameter.device)
-        fired = torch.zeros(sae.cfg.d_sae, dtype=torch.float64, device=parameter.device)
+        sites = [_Reconstruction() for _ in sae.cfg.hook_points_written]
+        reconstruction = sites[0]
+        snippets = SnippetCollector(math.prod(sae.dead_shape), cfg.n_snippets, cfg.snippet_context, parameter.device)
+        fired = torch.zeros(sae.dead_shape, dtype=torch.float64, device=parameter.device).flatten()
+        active = 0.0
         downstream = DownstreamLoss(sae, model) if model is not None and cfg.downstream_tokens else None
 
         for raw in stream:
@@ -88,11 +92,14 @@ class Evaluator:
                 downstream.add(tokens, _first(cfg.downstream_tokens - seen, valid))
             mask = batch["mask"] = _first(cfg.max_tokens - seen, valid)
             record = sae.record(batch)
-            fired += record.counts
-            snippets.add(record.code.entries(), tokens, mask)
+            fired += sae.latent_counts(record).flatten()
+            active += record.counts.sum().item() / (record.code_sites if sae.averages_sites else 1)
+            snippets.add(sae.latent_entries(record), tokens, mask)
             y = sae.prepare_label(batch)
             y_hat = sae.denormalize_activations(batch, record.reconstruction.view_as(y))
-            reconstruction.add(y_hat[mask], y[mask])
+            flat_mask = mask.flatten()
+            for site, y_site, y_hat_site in zip(sites, *(t.view(record.label.shape) for t in (y, y_hat)), strict=True):
+                site.add(y_hat_site[flat_mask], y_site[flat_mask])
             if reconstruction.n_tokens >= cfg.max_tokens:
                 break
 
@@ -103,10 +110,10 @@ class Evaluator:
             )
         frequency = fired / n_tokens
         result: Evaluation = {
-            "metrics/l0": frequency.sum().item(),
+            "metrics/l0": active / n_tokens,
             "sparsity/silent": (fired == 0).double().mean().item(),
             "details/n_evaluated_tokens": float(n_tokens),
-            **reconstruction.metrics(),
+            **_averaged([site.metrics() for site in sites]),
         }
         if downstream is not None:
             result |= downstream.metrics()
@@ -157,6 +164,11 @@ class _Reconstruction:
             "metrics/l2_norm_error": self.error_norm / self.n_tokens,
             "metrics/l2_norm_error_ratio": self.error_norm / (self.label_norm or math.nan),
         }
+
+
+def _averaged(sites: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the hook points that are reconstructed."""
+    return {name: sum(site[name] for site in sites) / len(sites) for name in sites[0]}
 
 
 def _prepared(batch: Batch, hook_points: Iterable[str], parameter: Tensor) -> tuple[Batch, Tensor, Tensor]:

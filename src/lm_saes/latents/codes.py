@@ -5,7 +5,10 @@ faster. Both have the same verbs, so that losses and metrics are written once. I
 if its value is positive: an entry with value 0 counts nowhere (but its gradient is well defined, which JumpReLU's
 threshold needs).
 
-Letters: N rows, F latents, D width, E entries.
+A code may have several sites (a cross-layer transcoder's layers, a crosscoder's heads): its rows are then
+(token, site), token-major, and what belongs to latents has one row per site.
+
+Letters: N rows, S sites, F latents, D width, E entries.
 """
 
 from __future__ import annotations
@@ -25,12 +28,13 @@ class Code(ABC):
 
     n_rows: int
     n_latents: int
+    n_sites: int = 1
     values: Tensor
     """The value of each entry: `[E]` if sparse, `[N, F]` if dense; differentiable."""
 
     @abstractmethod
     def at(self, v_F: Tensor) -> Tensor:
-        """`v` of each entry's latent, shaped like (or broadcasting to) `values`; differentiable."""
+        """`v` (`[F]` or `[S, F]`) of each entry's latent, shaped like (or broadcasting to) `values`; differentiable."""
 
     @abstractmethod
     def of_row(self, v_N: Tensor) -> Tensor:
@@ -42,7 +46,7 @@ class Code(ABC):
 
     @abstractmethod
     def sum_latents(self, entries: Tensor) -> Tensor:
-        """Sum of `entries` (shaped like `values`) over each latent: `[F]`; differentiable."""
+        """Sum of `entries` (shaped like `values`) over each latent: `[F]`, or `[S, F]`; differentiable."""
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -50,11 +54,11 @@ class Code(ABC):
 
     @abstractmethod
     def decode(self, W_FD: Tensor) -> Tensor:
-        """`f W`: `[N, D]`, with gradients to the values and to `W`."""
+        """`f W`: `[N, D]`, with gradients to the values and to `W` (`[F, D]`, or `[S, F, D]`: each site its own)."""
 
-    def with_values(self, values: Tensor) -> Code:
-        """The same entries with other values."""
-        raise NotImplementedError(f"{type(self).__name__} has fixed values")
+    @abstractmethod
+    def site(self, site: int) -> Code:
+        """The latents of one site as a code of its own, one row per token."""
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, latents and values of the active entries, ordered by row."""
@@ -64,7 +68,7 @@ class Code(ABC):
 
     @torch.no_grad()
     def counts(self, mask_N: Tensor | None = None) -> Tensor:
-        """On how many rows (of those in the mask) each latent is active: `[F]`."""
+        """On how many rows (of those in the mask) each latent is active: `[F]`, or `[S, F]`."""
         active = (self.values > 0).to(torch.float32)
         return self.sum_latents(active if mask_N is None else active * self.of_row(mask_N.to(torch.float32)))
 
@@ -74,10 +78,11 @@ class Pattern:
     """Where the entries of a sparse code are; the transpose is made once and shared by every gradient and count."""
 
     indices: Tensor
-    """Latent of each entry, `[E]` int32, row by row."""
+    """Latent of each entry, `[E]` int32, row by row; with several sites `site * F + latent`."""
     offsets: Tensor
     """Where each row begins, `[N + 1]` int32."""
     n_latents: int
+    """How many latents the indices number: F, or S * F."""
 
     @property
     def n_rows(self) -> int:
@@ -129,14 +134,14 @@ class _Decode(torch.autograd.Function):
 class SparseCode(Code):
     """Entries row by row: `values [E]`, `indices [E]`, `offsets [N + 1]`."""
 
-    def __init__(self, values: Tensor, pattern: Pattern) -> None:
-        self.values, self.pattern = values, pattern
-        self.n_rows, self.n_latents = pattern.n_rows, pattern.n_latents
+    def __init__(self, values: Tensor, pattern: Pattern, n_sites: int = 1) -> None:
+        self.values, self.pattern, self.n_sites = values, pattern, n_sites
+        self.n_rows, self.n_latents = pattern.n_rows, pattern.n_latents // n_sites
 
-    @property
+    @cached_property
     def indices(self) -> Tensor:
         """Latent of each entry, `[E]` int32."""
-        return self.pattern.indices
+        return self.pattern.indices if self.n_sites == 1 else self.pattern.indices % self.n_latents
 
     @property
     def offsets(self) -> Tensor:
@@ -149,7 +154,9 @@ class SparseCode(Code):
         return self.pattern.rows
 
     def at(self, v_F: Tensor) -> Tensor:
-        return v_F.index_select(0, self.indices)
+        if v_F.ndim == 1:
+            return v_F.index_select(0, self.indices)
+        return v_F.reshape(-1).index_select(0, self.pattern.indices)
 
     def of_row(self, v_N: Tensor) -> Tensor:
         return v_N.index_select(0, self.rows)
@@ -158,7 +165,8 @@ class SparseCode(Code):
         return entries.new_zeros(self.n_rows).index_add(0, self.rows, entries)
 
     def sum_latents(self, entries: Tensor) -> Tensor:
-        return entries.new_zeros(self.n_latents).index_add(0, self.indices, entries)
+        sums = entries.new_zeros(self.pattern.n_latents).index_add(0, self.pattern.indices, entries)
+        return sums if self.n_sites == 1 else sums.view(self.n_sites, self.n_latents)
 
     def dense(self) -> Tensor:
         flat = self.rows.long() * self.n_latents + self.indices
@@ -169,10 +177,17 @@ class SparseCode(Code):
         )
 
     def decode(self, W_FD: Tensor) -> Tensor:
-        return _Decode.apply(self.values, W_FD, self.pattern)  # type: ignore[return-value]
+        return _Decode.apply(self.values, W_FD.reshape(-1, W_FD.shape[-1]), self.pattern)  # type: ignore[return-value]
 
-    def with_values(self, values: Tensor) -> SparseCode:
-        return SparseCode(values, self.pattern)
+    def site(self, site: int) -> SparseCode:
+        if self.n_sites == 1:
+            return self
+        here = (self.rows % self.n_sites == site).nonzero().squeeze(1)
+        lengths = (self.offsets[1:] - self.offsets[:-1])[site :: self.n_sites]
+        offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=lengths.device)
+        offsets[1:] = lengths.cumsum(0)
+        pattern = Pattern(self.indices.index_select(0, here), offsets, self.n_latents)
+        return SparseCode(self.values.index_select(0, here), pattern)
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         active = self.values.detach() > 0
@@ -182,12 +197,15 @@ class SparseCode(Code):
 class DenseCode(Code):
     """Every latent of every row: `values [N, F]`."""
 
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
+    def __init__(self, values: Tensor, n_sites: int = 1) -> None:
+        self.values, self.n_sites = values, n_sites
         self.n_rows, self.n_latents = values.shape
 
     def at(self, v_F: Tensor) -> Tensor:
-        return v_F
+        if v_F.ndim == 1:
+            return v_F
+        n_tokens = self.n_rows // self.n_sites
+        return v_F.expand(n_tokens, *v_F.shape).reshape(self.n_rows, self.n_latents)
 
     def of_row(self, v_N: Tensor) -> Tensor:
         return v_N[:, None]
@@ -196,13 +214,16 @@ class DenseCode(Code):
         return entries.sum(1)
 
     def sum_latents(self, entries: Tensor) -> Tensor:
-        return entries.sum(0)
+        return entries.sum(0) if self.n_sites == 1 else entries.view(-1, self.n_sites, self.n_latents).sum(0)
 
     def dense(self) -> Tensor:
         return self.values
 
     def decode(self, W_FD: Tensor) -> Tensor:
-        return self.values @ W_FD
+        if W_FD.ndim == 2:
+            return self.values @ W_FD
+        f_NSF = self.values.view(-1, self.n_sites, self.n_latents)
+        return torch.einsum("nsf,sfd->nsd", f_NSF, W_FD).reshape(self.n_rows, -1)
 
-    def with_values(self, values: Tensor) -> DenseCode:
-        return DenseCode(values)
+    def site(self, site: int) -> DenseCode:
+        return DenseCode(self.values.view(-1, self.n_sites, self.n_latents)[:, site])

@@ -3,7 +3,10 @@
 Pre-activations are made one block of rows at a time, so that a block stays in the cache while the activation function
 picks from it. Only what is picked is kept; the backward pass works on the code's entries alone.
 
-Letters: N tokens, B rows of a block, D width, F latents, E entries of the code.
+Encoders of one site, of several that share one product (a crosscoder's heads) and of several with a product each (a
+cross-layer transcoder's layers) differ in how a block is made and in which rows their gradients read; selection is one.
+
+Letters: N tokens, S sites, R = N * S rows of the code, B tokens of a block, D width, F latents, E entries of the code.
 """
 
 from __future__ import annotations
@@ -28,19 +31,21 @@ class LinearEncoder:
     """`h = x W + b`, or with a gate (GLU) `h = (x W + b) * sigmoid(x Wg + bg)`.
 
     Weights are `[D, F]`, best stored latent-major (`W.T` contiguous): then gradients are written where latents lie.
+    With `n_sites` above 1 all sites share this `h`, and select on it by their own scales.
     """
 
     W_DF: Tensor
     b_F: Tensor
     gate_W_DF: Tensor | None = None
     gate_b_F: Tensor | None = None
+    n_sites: int = 1
 
     def pre_activations(self, x_ND: Tensor) -> Tensor:
-        """Dense `h [N, F]` in the bias's type, differentiable."""
+        """Dense `h [R, F]` in the bias's type, differentiable."""
         h_NF = torch.addmm(self.b_F, x_ND, self.W_DF).to(self.b_F.dtype)
-        if self.gate_W_DF is None or self.gate_b_F is None:
-            return h_NF
-        return h_NF * torch.sigmoid(torch.addmm(self.gate_b_F, x_ND, self.gate_W_DF).to(self.b_F.dtype))
+        if self.gate_W_DF is not None and self.gate_b_F is not None:
+            h_NF = h_NF * torch.sigmoid(torch.addmm(self.gate_b_F, x_ND, self.gate_W_DF).to(self.b_F.dtype))
+        return h_NF if self.n_sites == 1 else h_NF.repeat_interleave(self.n_sites, 0)
 
     def rows(self, latents: Tensor) -> LinearEncoder:
         """The encoder of some latents alone."""
@@ -50,14 +55,92 @@ class LinearEncoder:
     def parameters(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         return self.W_DF, self.b_F, self.gate_W_DF, self.gate_b_F
 
+    @property
+    def n_latents(self) -> int:
+        return len(self.b_F)
+
+    def product(self, x_BD: Tensor, out: Tensor) -> Tensor:
+        """`x W` written to `out [B, 1, F]`."""
+        _product(x_BD, self.W_DF, out[:, 0])
+        return out
+
+    def gate(self, x_BD: Tensor, like: Tensor) -> Tensor | None:
+        """The gate's sigmoid, `[B, 1, F]`; None without a gate."""
+        if self.gate_W_DF is None or self.gate_b_F is None:
+            return None
+        gate = torch.empty_like(like)
+        _product(x_BD, self.gate_W_DF, gate[:, 0])
+        return gate.add_(self.gate_b_F).sigmoid_()
+
+    def computing_in(self, dtype: torch.dtype) -> LinearEncoder:
+        """The same encoder with weights in the type that products are computed in; biases keep theirs."""
+        gate = None if self.gate_W_DF is None else self.gate_W_DF.to(dtype)
+        return LinearEncoder(self.W_DF.to(dtype), self.b_F, gate, self.gate_b_F, self.n_sites)
+
+    def readers(self, x_ND: Tensor, pattern: Pattern) -> tuple[Pattern, Tensor]:
+        """A pattern of the same entries by this encoder's latents, and the rows of inputs that it refers to."""
+        if self.n_sites == 1:
+            return pattern, x_ND
+        indices = pattern.indices % self.n_latents
+        return Pattern(indices, pattern.offsets[:: self.n_sites], self.n_latents), x_ND
+
+
+@dataclass(frozen=True, eq=False)
+class LayeredEncoder:
+    """Each site (layer) reads its own input: `h_l = x_l W_l + b_l`; `W [S, D, F]`, `b [S, F]`, inputs `[N, S * D]`."""
+
+    W_SDF: Tensor
+    b_SF: Tensor
+
+    @property
+    def n_sites(self) -> int:
+        return len(self.b_SF)
+
+    @property
+    def n_latents(self) -> int:
+        return self.b_SF.shape[1]
+
+    def parameters(self) -> tuple[Tensor, Tensor, None, None]:
+        return self.W_SDF, self.b_SF, None, None
+
+    def pre_activations(self, x_ND: Tensor) -> Tensor:
+        """Dense `h [R, F]`, differentiable."""
+        x_NSD = x_ND.view(len(x_ND), self.n_sites, -1)
+        h_SNF = torch.baddbmm(self.b_SF[:, None], x_NSD.transpose(0, 1), self.W_SDF).to(self.b_SF.dtype)
+        return h_SNF.transpose(0, 1).reshape(-1, self.n_latents)
+
+    def product(self, x_BD: Tensor, out: Tensor) -> Tensor:
+        """`x_l W_l` written to `out [B, S, F]`."""
+        for x_BD_l, W_DF, out_BF in zip(
+            x_BD.view(len(x_BD), self.n_sites, -1).unbind(1), self.W_SDF, out.unbind(1), strict=True
+        ):
+            _product(x_BD_l, W_DF, out_BF)
+        return out
+
+    def gate(self, x_BD: Tensor, like: Tensor) -> None:
+        """There is none."""
+        return None
+
+    def computing_in(self, dtype: torch.dtype) -> LayeredEncoder:
+        """The same encoder with weights in the type that products are computed in."""
+        return LayeredEncoder(self.W_SDF.to(dtype), self.b_SF)
+
+    def readers(self, x_ND: Tensor, pattern: Pattern) -> tuple[Pattern, Tensor]:
+        """Entries are numbered by site and latent and read their own site's inputs: the code's pattern as it is."""
+        return pattern, x_ND.view(len(x_ND) * self.n_sites, -1)
+
+
+Encoder = LinearEncoder | LayeredEncoder
+
 
 @dataclass(frozen=True, eq=False)
 class _Picks:
     """What selection found: where the entries are, and what the backward pass needs to know of each."""
 
     pattern: Pattern
+    """Rows are (token, site); latents are numbered `site * F + latent`."""
     linear_E: Tensor
-    """The linear part `x W^T + b` at the entries (equal to `h` without a gate)."""
+    """The linear part `x W + b` at the entries (equal to `h` without a gate)."""
     gate_E: Tensor | None
     """The gate's sigmoid at the entries."""
     kept_E: Tensor
@@ -72,91 +155,98 @@ class _Picks:
 
 def encode(
     x_ND: Tensor,
-    encoder: LinearEncoder,
+    encoder: Encoder,
     activation: ActivationFunction,
-    scale_F: Tensor | None,
+    scale_SF: Tensor | None,
     mask_N: Tensor | None,
     dense: bool | None = None,
 ) -> Code:
-    """Encode and select: a code with one row per token.
+    """Encode and select: a code with one row per token and site.
 
     Args:
-        x_ND: normalised inputs.
-        scale_F: decoder norms if selection is gated by them (no gradient flows through selection), else None.
+        x_ND: normalised inputs (of all sites side by side).
+        scale_SF: decoder norms, `[F]` or `[S, F]`, if selection is gated by them (no gradient flows through selection),
+            else None.
         mask_N: valid tokens; only batch-wide selection looks at it.
         dense: force the dense (True) or sparse (False) path; None lets the density decide. Both give the same numbers.
     """
-    n_latents = len(encoder.b_F)
-    expected = activation.expected_entries(n_latents)
+    n_sites, n_latents = encoder.n_sites, encoder.n_latents
+    expected = activation.expected_entries(n_latents, n_sites)
     if dense is None and expected is not None:
         dense = not sparse_pays(expected, n_latents)
-    picks = None if dense else _select(x_ND, encoder, activation, scale_F, mask_N, may_refuse=dense is None)
+    picks = None if dense else _select(x_ND, encoder, activation, scale_SF, mask_N, may_refuse=dense is None)
     if picks is None:
-        return DenseCode(activation.dense(encoder.pre_activations(x_ND), scale_F, mask_N))
-    values_E = _Attach.apply(x_ND, *encoder.parameters(), activation.log_threshold, scale_F, activation.window, picks)
-    return SparseCode(values_E, picks.pattern)  # type: ignore[arg-type]
+        return DenseCode(activation.dense(encoder.pre_activations(x_ND), scale_SF, mask_N, n_sites), n_sites)
+    values_E = _Attach.apply(
+        x_ND, *encoder.parameters(), activation.log_threshold, scale_SF, activation.window, picks, encoder
+    )
+    return SparseCode(values_E, picks.pattern, n_sites)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
 def _select(
     x_ND: Tensor,
-    encoder: LinearEncoder,
+    encoder: Encoder,
     activation: ActivationFunction,
-    scale_F: Tensor | None,
+    scale_SF: Tensor | None,
     mask_N: Tensor | None,
     may_refuse: bool,
 ) -> _Picks | None:
     """Look at all blocks and keep what the activation function picks; None if the first block is too dense to go on."""
-    activation.begin(mask_N, len(x_ND))
+    n_sites = encoder.n_sites
+    activation.begin(activation.mask_rows(mask_N, n_sites), len(x_ND) * activation.rows_per_token(n_sites))
     while True:
         found: list[_Found] = []
-        for rows, block in _blocks(x_ND, encoder, scale_F):
-            found.append(_look(block, activation.candidates(block.s_BF, rows)))
-            if may_refuse and rows.start == 0 and not sparse_pays(found[0].s_E.numel(), block.s_BF.numel()):
+        for tokens, block in _blocks(x_ND, encoder, scale_SF):
+            found.append(_look(block, activation, tokens))
+            if may_refuse and tokens.start == 0 and not sparse_pays(found[0].s_E.numel(), block.s_BSF.numel()):
                 return None
         try:
-            return _assemble(found, activation, encoder.b_F)
+            return _assemble(found, activation, encoder)
         except Missed:
             continue
 
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """One block of rows before selection: `s`, and what `h` is made of (the product without its bias, the gate)."""
+    """One block of tokens before selection: `s`, and what `h` is made of (the product without its bias, the gate).
 
-    s_BF: Tensor
-    product_BF: Tensor
-    gate_BF: Tensor | None
+    Sites that share a product have it as `[B, 1, F]`.
+    """
+
+    s_BSF: Tensor
+    product_BSF: Tensor
+    gate_BSF: Tensor | None
 
 
-def _blocks(x_ND: Tensor, encoder: LinearEncoder, scale_F: Tensor | None) -> Iterator[tuple[slice, _Block]]:
-    """Blocks of rows, each overwritten by the next: `s = (x W + b) * gate * scale`."""
-    W_DF, b_F, gate_W_DF, gate_b_F = encoder.parameters()
-    compute = _product_dtype(x_ND)
-    x_ND, W_DF = x_ND.to(compute), W_DF.to(compute)
-    gate_W_DF = None if gate_W_DF is None else gate_W_DF.to(compute)
-    n_latents = len(b_F)
-    size = min(len(x_ND), max(1, BLOCK_BYTES // (4 * n_latents)))
-    product_BF, s_BF = b_F.new_empty(size, n_latents), b_F.new_empty(size, n_latents)
-    shift_F = b_F if scale_F is None else b_F * scale_F
+def _blocks(x_ND: Tensor, encoder: Encoder, scale_SF: Tensor | None) -> Iterator[tuple[slice, _Block]]:
+    """Blocks of tokens, each overwritten by the next: `s = (x W + b) * gate * scale`."""
+    n_sites, n_latents = encoder.n_sites, encoder.n_latents
+    encoder, x_ND = encoder.computing_in(_product_dtype(x_ND)), x_ND.to(_product_dtype(x_ND))
+    b = encoder.parameters()[1]
+    size = min(len(x_ND), max(1, BLOCK_BYTES // (4 * n_sites * n_latents)))
+    products = 1 if isinstance(encoder, LinearEncoder) else n_sites
+    product_BSF, s_BSF = b.new_empty(size, products, n_latents), b.new_empty(size, n_sites, n_latents)
+    shift_SF = b.view(-1, n_latents) if scale_SF is None else b.view(-1, n_latents) * scale_SF
     for start in range(0, len(x_ND), size):
-        rows = slice(start, min(start + size, len(x_ND)))
-        n = rows.stop - start
-        _product(x_ND[rows], W_DF, product_BF[:n])
-        gate = None
-        if gate_W_DF is not None and gate_b_F is not None:
-            gate = _product(x_ND[rows], gate_W_DF, torch.empty_like(s_BF[:n])).add_(gate_b_F).sigmoid_()
-        if scale_F is None:
-            s = torch.add(product_BF[:n], shift_F, out=s_BF[:n])
+        tokens = slice(start, min(start + size, len(x_ND)))
+        n = tokens.stop - start
+        product = encoder.product(x_ND[tokens], product_BSF[:n])
+        gate = encoder.gate(x_ND[tokens], product)
+        if scale_SF is None:
+            s = torch.add(product.expand_as(s_BSF[:n]), shift_SF, out=s_BSF[:n])
         else:
-            s = torch.addcmul(shift_F, product_BF[:n], scale_F, out=s_BF[:n])
-        yield rows, _Block(s if gate is None else s.mul_(gate), product_BF[:n], gate)
+            s = torch.addcmul(shift_SF, product.expand_as(s_BSF[:n]), scale_SF, out=s_BSF[:n])
+        yield tokens, _Block(s if gate is None else s.mul_(gate), product, gate)
 
 
 def _product_dtype(x_ND: Tensor) -> torch.dtype:
     kind = x_ND.device.type
-    mixed = torch.is_autocast_enabled(kind) and x_ND.dtype == torch.float32
-    return torch.get_autocast_dtype(kind) if mixed else x_ND.dtype
+    return (
+        torch.get_autocast_dtype(kind)
+        if torch.is_autocast_enabled(kind) and x_ND.dtype == torch.float32
+        else x_ND.dtype
+    )
 
 
 def _product(x_BD: Tensor, W_DF: Tensor, out_BF: Tensor) -> Tensor:
@@ -170,85 +260,102 @@ def _product(x_BD: Tensor, W_DF: Tensor, out_BF: Tensor) -> Tensor:
 @dataclass(frozen=True, eq=False)
 class _Found:
     lengths: Tensor
+    """Entries of each row (token, site)."""
     indices: Tensor
+    """`site * F + latent` of each entry."""
     s_E: Tensor
     product_E: Tensor
     gate_E: Tensor | None
 
 
-def _look(block: _Block, candidates: Tensor) -> _Found:
-    """Read one block at its candidates."""
-    n_rows, n_latents = block.s_BF.shape
+def _look(block: _Block, activation: ActivationFunction, tokens: slice) -> _Found:
+    """Read one block at the activation function's candidates."""
+    n_tokens, n_sites, n_latents = block.s_BSF.shape
+    per_token = activation.rows_per_token(n_sites)
+    rows = slice(tokens.start * per_token, tokens.stop * per_token)
+    candidates = activation.candidates(block.s_BSF.view(n_tokens * per_token, -1), rows)
     if candidates.dtype == torch.bool:
         flat = candidates.view(-1).nonzero().squeeze(1)
-        lengths, indices = candidates.sum(1), flat % n_latents
+        lengths = candidates.view(-1, n_latents).sum(1)
     else:
-        first = torch.arange(0, block.s_BF.numel(), n_latents, device=candidates.device)
-        flat, indices = (candidates + first[:, None]).view(-1), candidates.reshape(-1)
-        lengths = torch.full((n_rows,), candidates.shape[1], device=candidates.device)
-    read = [
-        None if v is None else v.view(-1).index_select(0, flat) for v in (block.s_BF, block.product_BF, block.gate_BF)
-    ]
-    return _Found(lengths, indices.to(torch.int32), *read)  # type: ignore[arg-type]
+        width = candidates.shape[1]
+        if per_token < n_sites:  # columns run over sites and latents: bring them into the order of sites
+            candidates = candidates.sort(1).values
+        first = torch.arange(0, block.s_BSF.numel(), block.s_BSF.numel() // len(candidates), device=candidates.device)
+        flat = (candidates + first[:, None]).view(-1)
+        if per_token < n_sites:
+            lengths = torch.bincount(flat // n_latents, minlength=n_tokens * n_sites)
+        else:
+            lengths = torch.full((n_tokens * n_sites,), width, device=candidates.device)
+    indices = flat % (n_sites * n_latents)
+    shared = block.product_BSF.shape[1] < n_sites
+    source = flat // (n_sites * n_latents) * n_latents + flat % n_latents if shared else flat
+    product_E = block.product_BSF.reshape(-1).index_select(0, source)
+    gate_E = None if block.gate_BSF is None else block.gate_BSF.reshape(-1).index_select(0, source)
+    return _Found(lengths, indices.to(torch.int32), block.s_BSF.view(-1).index_select(0, flat), product_E, gate_E)
 
 
-def _assemble(found: list[_Found], activation: ActivationFunction, b_F: Tensor) -> _Picks:
+def _assemble(found: list[_Found], activation: ActivationFunction, encoder: Encoder) -> _Picks:
     """Join the blocks and decide which entries are active."""
+    n_latents = encoder.n_latents
     s_E = torch.cat([f.s_E for f in found])
     lengths = torch.cat([f.lengths for f in found])
     indices = torch.cat([f.indices for f in found])
-    linear_E = torch.cat([f.product_E for f in found]) + b_F.index_select(0, indices)
+    bias = encoder.parameters()[1]
+    linear_E = torch.cat([f.product_E for f in found]) + bias.view(-1).index_select(0, indices % bias.numel())
     gates = [f.gate_E for f in found if f.gate_E is not None]
     gate_E = torch.cat(gates) if gates else None
-    kept_E, in_window_E = activation.settle(s_E), None
+    kept_E, in_window_E = activation.settle(s_E, indices // n_latents), None
     if activation.loose:
-        rows = torch.repeat_interleave(torch.arange(len(lengths), device=s_E.device), lengths, output_size=len(s_E))[
-            kept_E
-        ]
-        lengths = torch.zeros_like(lengths).index_add_(0, rows, torch.ones_like(rows))
+        rows = torch.repeat_interleave(torch.arange(len(lengths), device=s_E.device), lengths, output_size=len(s_E))
+        lengths = torch.zeros_like(lengths).index_add_(0, rows[kept_E], torch.ones_like(rows[kept_E]))
         s_E, indices, linear_E = s_E[kept_E], indices[kept_E], linear_E[kept_E]
         gate_E = None if gate_E is None else gate_E[kept_E]
         kept_E = torch.ones_like(indices, dtype=torch.bool)
     if activation.log_threshold is not None:
-        theta_E = activation.log_threshold.exp().to(s_E.dtype).index_select(0, indices)
+        theta = activation.log_threshold.exp().to(s_E.dtype).view(-1)
+        theta_E = theta.index_select(0, indices % len(theta))
         kept_E = kept_E & (s_E > theta_E)
         in_window_E = ((s_E - theta_E).abs() < activation.window / 2) & (s_E > 0)
     offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=s_E.device)
     offsets[1:] = lengths.cumsum(0)
-    return _Picks(Pattern(indices, offsets, len(b_F)), linear_E, gate_E, kept_E, in_window_E)
+    return _Picks(Pattern(indices, offsets, encoder.n_sites * n_latents), linear_E, gate_E, kept_E, in_window_E)
 
 
 class _Attach(torch.autograd.Function):
     """The values of the picked entries, with the encoder's gradients attached."""
 
     @staticmethod
-    def forward(ctx, x_ND, W_DF, b_F, gate_W_DF, gate_b_F, log_theta_F, scale_F, window, picks):  # type: ignore[override]
-        ctx.save_for_backward(x_ND, W_DF, gate_W_DF, log_theta_F, scale_F)
-        ctx.window, ctx.picks = window, picks
+    def forward(ctx, x_ND, W, b, gate_W_DF, gate_b_F, log_theta, scale_SF, window, picks, encoder):  # type: ignore[override]
+        ctx.save_for_backward(x_ND, W, gate_W_DF, log_theta, scale_SF)
+        ctx.window, ctx.picks, ctx.encoder = window, picks, encoder
         return picks.values_E
 
     @staticmethod
     def backward(ctx, dvalues_E):  # type: ignore[override]
-        x_ND, W_DF, gate_W_DF, log_theta_F, scale_F = ctx.saved_tensors
+        x_ND, W, gate_W_DF, log_theta, scale_SF = ctx.saved_tensors
         picks: _Picks = ctx.picks
-        pattern = picks.pattern
+        encoder: Encoder = ctx.encoder
         dh_E = torch.where(picks.kept_E, dvalues_E, 0.0)
-        dtheta_F = None
+        dtheta = None
         if picks.in_window_E is not None and ctx.needs_input_grad[5]:
-            window_F = pattern.latent_total(torch.where(picks.in_window_E, dvalues_E, 0.0))
-            dtheta_F = threshold_gradient(window_F, log_theta_F, scale_F, ctx.window)
+            window_SF = picks.pattern.latent_total(torch.where(picks.in_window_E, dvalues_E, 0.0))
+            dtheta = threshold_gradient(window_SF.view(-1, encoder.n_latents), log_theta, scale_SF, ctx.window)
         if picks.gate_E is None:
-            parts = [(dh_E, W_DF)]
+            parts = [(dh_E, W)]
         else:
             dgate_E = dh_E * picks.linear_E * picks.gate_E * (1 - picks.gate_E)
-            parts = [(dh_E * picks.gate_E, W_DF), (dgate_E, gate_W_DF)]
+            parts = [(dh_E * picks.gate_E, W), (dgate_E, gate_W_DF)]
+        pattern, inputs_XD = encoder.readers(x_ND, picks.pattern)
         grads: list[Tensor | None] = []
-        for d_E, _ in parts:
-            grads += [pattern.latent_sum(d_E, x_ND).T, pattern.latent_total(d_E)]
+        dinputs_XD = torch.zeros_like(inputs_XD) if ctx.needs_input_grad[0] else None
+        for d_E, weights in parts:
+            rows_first = weights.transpose(-1, -2)  # latent-major, as gradients are written
+            grads.append(pattern.latent_sum(d_E, inputs_XD).view(rows_first.shape).transpose(-1, -2))
+            grads.append(pattern.latent_total(d_E).view(weights.shape[:-2] + weights.shape[-1:]))
+            if dinputs_XD is not None:
+                table = rows_first.reshape(-1, rows_first.shape[-1])
+                dinputs_XD += kernels.gather_sum(d_E, pattern.indices, pattern.offsets, table)
         grads += [None] * (4 - len(grads))
-        dx_ND = None
-        if ctx.needs_input_grad[0]:
-            dx_ND = torch.zeros_like(x_ND)
-            for d_E, weights_DF in parts:
-                dx_ND += kernels.gather_sum(d_E, pattern.indices, pattern.offsets, weights_DF.T)
-        return dx_ND, *grads, dtheta_F, None, None, None
+        dx_ND = None if dinputs_XD is None else dinputs_XD.view(x_ND.shape)
+        return dx_ND, *grads, dtheta, None, None, None, None

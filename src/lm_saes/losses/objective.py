@@ -20,7 +20,7 @@ def objective(
     """The loss terms of a record: `loss`, `l_rec` and, where they are switched on, `l_s`, `l_p`, `l_aux` (0-d tensors).
 
     Args:
-        is_dead: bool `[F]`, which latents AuxK revives, as of before this batch; None: none.
+        is_dead: bool (`[F]`, or `[S, F]`), which latents AuxK revives, as of before this batch; None: none.
     """
     terms = {"l_rec": record.token_mean(record.squared_error)}
     if settings.sparsity_loss_type is not None:
@@ -28,7 +28,7 @@ def objective(
     if settings.lp_coefficient:
         terms["l_p"] = settings.lp_coefficient * dictionary.pre_activation_loss(record)
     if settings.auxk_coefficient:
-        dead = None if is_dead is None else is_dead.nonzero().squeeze(-1)
+        dead = None if is_dead is None else is_dead.flatten().nonzero().squeeze(-1)
         terms["l_aux"] = (
             terms["l_rec"].new_zeros(())
             if dead is None or dead.numel() == 0

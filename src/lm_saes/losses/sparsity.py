@@ -43,9 +43,8 @@ def find_sparsity_loss(name: str) -> SparsityLoss:
 
 def _weighed(record: Record) -> Tensor:
     """`f norm` at each entry of the code."""
-    if record.code_sites != 1:
-        raise NotImplementedError("sparsity losses of dictionaries with several code sites come with those kinds")
-    return accumulable(record.code.values * record.code.at(record.norm[0]))
+    norm = record.norm[0] if record.code_sites == 1 else record.norm
+    return accumulable(record.code.values * record.code.at(norm))
 
 
 @sparsity_loss("power")
@@ -76,4 +75,4 @@ def tanh_quad(record: Record, settings: LossSettings) -> Tensor:
     if record.row_mask is not None:
         squashed = squashed * record.code.of_row(record.row_mask.to(squashed.dtype))
     q_F = record.code.sum_latents(squashed) / record.n_tokens
-    return (q_F * (1 + q_F / settings.frequency_scale)).sum()
+    return (q_F * (1 + q_F / settings.frequency_scale)).sum() / record.code_sites

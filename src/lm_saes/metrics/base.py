@@ -26,9 +26,9 @@ class StepFacts:
     n_tokens: Tensor
     """Valid tokens of this step."""
     n_dead: Tensor
-    """Latents that are dead after it."""
+    """How many latents are dead after it (0-d; of a cross-layer transcoder `[L]`, by layer)."""
     fired_counts: Tensor
-    """On how many valid tokens each latent was active in this step."""
+    """On how many valid tokens each latent was active in this step, `[F]` (`[L, F]`)."""
 
 
 class Metric(ABC):

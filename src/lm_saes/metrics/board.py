@@ -35,7 +35,8 @@ class Board:
         dead_threshold: float,
     ) -> None:
         self.measuring, self.tracking = measuring, tracking
-        self.dead = DeadLatents((dictionary.cfg.d_sae,), dead_threshold, dictionary.cfg.device)
+        self.dictionary = dictionary
+        self.dead = DeadLatents(dictionary.dead_shape, dead_threshold, dictionary.cfg.device)
         kinds = [m for m in Metric.registry if m.applies(dictionary) and (measuring or m.__name__ in _LOSS_ONLY)]
         self.metrics = [kind(dictionary, window) for kind in kinds]
         self._since = time.perf_counter()
@@ -47,8 +48,8 @@ class Board:
         zero = gradient_norm.new_zeros(())
         facts = StepFacts(gradient_norm, clipped_norm, gradient_norm.new_tensor(tokens), zero, zero)
         if self.tracking:
-            fired = torch.stack([record.counts for record, _ in passes]).sum(0)
-            facts = replace(facts, n_dead=self.dead.update(fired > 0, tokens).sum(), fired_counts=fired)
+            fired = torch.stack([self.dictionary.latent_counts(record) for record, _ in passes]).sum(0)
+            facts = replace(facts, n_dead=self.dead.update(fired > 0, tokens).sum(-1), fired_counts=fired)
         for metric in self.metrics:
             for record, terms in passes:
                 metric.observe(record, terms)

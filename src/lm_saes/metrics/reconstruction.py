@@ -42,8 +42,7 @@ class Reconstruction(Metric):
 
     def report(self) -> dict[str, float]:
         t = self.totals
-        variance_G = t["label_square"] - t["label"].square().sum(1) / t["tokens"]
-        explained_G = 1 - t["error"] / variance_G.clamp(min=torch.finfo(torch.float64).tiny)
+        explained_G = explained_variance(t)
         sites = len(explained_G)
         return {
             "metrics/explained_variance": float(explained_G.mean()),
@@ -51,3 +50,9 @@ class Reconstruction(Metric):
             "metrics/l2_norm_error": float(t["error_norm"] / (t["tokens"] * sites)),
             "metrics/l2_norm_error_ratio": float(t["error_norm"] / t["label_norm"]),
         }
+
+
+def explained_variance(totals: Mapping[str, Tensor]) -> Tensor:
+    """`1 - sum ||y_hat - y||^2 / sum ||y - mean y||^2` of each site, `[G]`, from sums over valid tokens."""
+    variance_G = totals["label_square"] - totals["label"].square().sum(1) / totals["tokens"]
+    return 1 - totals["error"] / variance_G.clamp(min=torch.finfo(torch.float64).tiny)

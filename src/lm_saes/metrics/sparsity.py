@@ -15,7 +15,7 @@ _BELOW = (1e-5, 1e-6, 1e-7)
 
 
 class ActiveLatents(Metric):
-    """`l0`: active latents per valid token; `mean_feature_act`: mean value of an active latent."""
+    """`l0`: active latents per valid token (summed over layers, averaged over heads), and their mean value."""
 
     @torch.no_grad()
     def observe(self, record: Record, terms: Mapping[str, Tensor]) -> None:
@@ -23,19 +23,21 @@ class ActiveLatents(Metric):
         if record.row_mask is not None:
             values = values * record.code.of_row(record.row_mask.to(values.dtype))
         self.add("tokens", record.n_tokens)
-        self.add("active", record.counts.sum(dtype=torch.float64))
+        active = record.counts.sum(dtype=torch.float64)
+        self.add("active", active)
+        self.add("per_token", active / record.code_sites if self.dictionary.averages_sites else active)
         self.add("value", values.sum(dtype=torch.float64))
 
     def report(self) -> dict[str, float]:
         t = self.totals
         return {
-            "metrics/l0": float(t["active"] / t["tokens"]),
+            "metrics/l0": float(t["per_token"] / t["tokens"]),
             "metrics/mean_feature_act": float(t["value"] / t["active"].clamp(min=1)),
         }
 
 
 class FiringFrequency(Metric):
-    """How many latents are active on more, or less, than a share of the valid tokens.
+    """How many latents (of a cross-layer transcoder also by layer) are active on more, or less, than a share of tokens.
 
     Counted over `feature_sampling_window` steps. A full window is reported once, at the first report after it ends.
     """
@@ -51,12 +53,19 @@ class FiringFrequency(Metric):
     def report(self) -> dict[str, float]:
         if "full_counts" not in self.totals:
             return {}
-        frequency_F = self.totals["full_counts"] / self.totals["full_tokens"]
-        above = {f"sparsity/above_{_power(limit)}": float((frequency_F > limit).sum()) for limit in _ABOVE}
-        return above | {f"sparsity/below_{_power(limit)}": float((frequency_F < limit).sum()) for limit in _BELOW}
+        frequency = self.totals["full_counts"] / self.totals["full_tokens"]
+        values = _shares(frequency, "")
+        for layer, frequency_F in enumerate(frequency if frequency.ndim > 1 else ()):
+            values |= _shares(frequency_F, f"_layer{layer}")
+        return values
 
     def end_window(self) -> None:
         self.totals = {name: total for name, total in self.totals.items() if not name.startswith("full_")}
+
+
+def _shares(frequency: Tensor, suffix: str) -> dict[str, float]:
+    above = {f"sparsity/above_{_power(limit)}{suffix}": float((frequency > limit).sum()) for limit in _ABOVE}
+    return above | {f"sparsity/below_{_power(limit)}{suffix}": float((frequency < limit).sum()) for limit in _BELOW}
 
 
 def _power(limit: float) -> str:
@@ -70,5 +79,6 @@ class Dead(Metric):
         self.totals = {"dead": facts.n_dead.detach()}
 
     def report(self) -> dict[str, float]:
-        k = self.dictionary.current_k
-        return {"sparsity/dead": float(self.totals["dead"])} | ({} if k is None else {"sparsity/k": float(k)})
+        k, dead = self.dictionary.current_k, self.totals["dead"]
+        layers = {f"sparsity/dead_layer{i}": float(n) for i, n in enumerate(dead if dead.ndim else ())}
+        return {"sparsity/dead": float(dead.sum()), **layers} | ({} if k is None else {"sparsity/k": float(k)})

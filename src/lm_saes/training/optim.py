@@ -55,8 +55,9 @@ class SparseAdam(Optimizer):
 class FusedAdam(torch.optim.Adam):
     """Fused Adam for parameters of any layout.
 
-    The fused kernel copies a gradient that is not contiguous, which costs as much as the update; a latent-major
-    parameter is therefore handed to it, with its gradient and moments, as the contiguous transpose.
+    The fused kernel copies a gradient that is not contiguous, which costs as much as the update, and on a CPU mixes
+    entries up where a gradient lies otherwise than its parameter. A latent-major parameter is therefore handed to it,
+    with its gradient and moments, with its dimensions in the order that they are stored in.
     """
 
     def _init_group(
@@ -65,10 +66,14 @@ class FusedAdam(torch.optim.Adam):
     ) -> Any:  # fmt: skip
         params = params_with_grad
         result = super()._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+        lists = (params, grads, exp_avgs, exp_avg_sqs)
         for i, p in enumerate(params):
-            if p.ndim == 2 and not p.is_contiguous() and all(t[i].T.is_contiguous() for t in (params, grads, exp_avgs)):
-                for tensors in (params, grads, exp_avgs, exp_avg_sqs):
-                    tensors[i] = tensors[i].T
+            if grads[i].stride() != p.stride():
+                grads[i] = torch.empty_like(p).copy_(grads[i])
+            order = sorted(range(p.ndim), key=p.stride, reverse=True)
+            if not p.is_contiguous() and all(tensors[i].permute(order).is_contiguous() for tensors in lists):
+                for tensors in lists:
+                    tensors[i] = tensors[i].permute(order)
         return result
 
 

@@ -147,7 +147,7 @@ def test_an_old_file_may_say_what_has_no_effect(tmp_path: Path) -> None:
         ("{", CheckpointError, "cannot be read"),
         ("[1]", CheckpointError, "no table of settings"),
         ("{}", ConfigError, "sae_type=None"),
-        ('{"sae_type": "vae"}', ConfigError, "'vae': not a dictionary kind; use one of sae"),
+        ('{"sae_type": "vae"}', ConfigError, "'vae': not a dictionary kind; use one of clt, crosscoder"),
         ('{"sae_type": "sae"}', ConfigError, "required, but not set"),
         (json.dumps(NEEDED | {"sae_type": "sae", "d_modle": 3}), ConfigError, "did you mean 'd_model'"),
     ],

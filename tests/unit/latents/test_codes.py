@@ -65,12 +65,6 @@ def test_decode_by_hand(make: MakeCode) -> None:
     assert make().decode(W_FD).tolist() == [[13.0, 16.0], [0.0, 0.0], [35.0, 40.0]]
 
 
-@both
-def test_with_values_keeps_the_places(make: MakeCode) -> None:
-    code = make()
-    assert code.with_values(code.values * 2).dense().tolist() == (2 * torch.tensor(LATENTS)).tolist()
-
-
 def test_the_layout_of_a_sparse_code() -> None:
     code = sparse()
     assert (code.indices.tolist(), code.offsets.tolist()) == ([1, 3, 0, 3], [0, 2, 2, 4])

@@ -13,7 +13,7 @@ from torch import Tensor
 from lm_saes.errors import ConfigError
 from lm_saes.training.config import TrainerConfig
 from lm_saes.training.dead_latents import DeadLatents
-from lm_saes.training.optim import SparseAdam, build_optimizer
+from lm_saes.training.optim import FusedAdam, SparseAdam, build_optimizer
 
 New = Callable[..., Any]
 HOOK = "blocks.0.hook_resid_post"
@@ -269,3 +269,59 @@ def test_dead_latents_are_frozen_within_a_step(
 def test_a_step_at_the_end_of_the_stream_may_have_fewer_micro_batches(run: New, new_sae: New, batches: New) -> None:
     fitted = run(new_sae("topk"), batches(3), steps=4, tokens=32, gradient_accumulation_steps=2)
     assert fitted.ended_early and fitted.trainer.cur_step == 2 and fitted.trainer.cur_tokens == 48
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+# Shape as stored, and the order of its dimensions that gives the parameter: an autoencoder's encoder, a crosscoder's,
+# a cross-layer transcoder's, one layer of it, and a contiguous one.
+LAYOUTS = {
+    "[d, F] stored [F, d]": ((37, 11), (1, 0)),
+    "[H, d, F] stored [F, H, d]": ((37, 3, 11), (1, 2, 0)),
+    "[L, d, F] stored [L, F, d]": ((3, 37, 11), (0, 2, 1)),
+    "[1, d, F] stored [1, F, d]": ((1, 37, 11), (0, 2, 1)),
+    "[F, d]": ((37, 11), (0, 1)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fused_adam_hands_over_what_is_stored_and_equals_plain_adam(layout: str) -> None:
+    stored, order = LAYOUTS[layout]
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randn(stored, generator=draw)
+    ours = torch.nn.Parameter(start.clone().permute(order))
+    plain = torch.nn.Parameter(start.clone())
+    fused, reference = FusedAdam([ours], lr=1e-2, fused=True), torch.optim.Adam([plain], lr=1e-2, fused=True)
+    strides = ours.stride()
+    for _ in range(5):
+        gradient = torch.randn(stored, generator=draw)
+        ours.grad, plain.grad = gradient.clone().permute(order), gradient
+        fused.step()
+        reference.step()
+    assert torch.equal(ours.detach(), plain.detach().permute(order))
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(fused.state[ours][name], reference.state[plain][name].permute(order))
+    assert ours.stride() == strides
+
+    lists: list[list[Tensor]] = [[] for _ in range(6)]
+    fused._init_group(fused.param_groups[0], *lists)
+    for (handed,), own in zip(lists[:4], (ours, ours.grad, *moments(fused, ours)), strict=True):
+        assert handed.is_contiguous()
+        assert own is not None and handed.data_ptr() == own.data_ptr()  # no copy
+
+
+def moments(optimizer: torch.optim.Optimizer, p: Tensor) -> tuple[Tensor, Tensor]:
+    return optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]
+
+
+def test_fused_adam_takes_a_gradient_of_another_layout() -> None:
+    start = torch.randn(3, 11, 37, generator=torch.Generator().manual_seed(0))
+    ours = torch.nn.Parameter(start.permute(1, 2, 0).contiguous().permute(2, 0, 1))
+    plain = torch.nn.Parameter(start.clone())
+    fused, reference = FusedAdam([ours], lr=1e-2, fused=True), torch.optim.Adam([plain], lr=1e-2, fused=True)
+    for seed in range(3):
+        gradient = torch.randn(3, 11, 37, generator=torch.Generator().manual_seed(seed))
+        ours.grad, plain.grad = gradient.clone(), gradient  # contiguous, unlike the parameter
+        fused.step()
+        reference.step()
+    torch.testing.assert_close(ours.detach(), plain.detach(), rtol=1e-6, atol=1e-7)

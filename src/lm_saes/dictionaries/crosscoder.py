@@ -1,0 +1,204 @@
+"""The crosscoder: one set of latents that reads and writes several hook points (heads) at once.
+
+    h = sum over heads j of (x_j W_E[j] + b_E[j])
+    f_j = h where head j selects on h (gated: on h norm_j), else 0
+    y_hat_j = f_j W_D[j] + b_D[j]
+
+Letters: N tokens, H heads, D width, F latents. `W_E` has shape `[H, D, F]` but is stored latent-major, so that one
+latent's weights in all heads lie together and the products of all heads are one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from lm_saes.dictionaries.config import ALL_ACTIVATIONS, BaseSAEConfig
+from lm_saes.dictionaries.normalization import geometric_median
+from lm_saes.dictionaries.record import Record
+from lm_saes.dictionaries.rows import active_directions, valid_rows
+from lm_saes.dictionaries.sites import SitedDictionary, side_by_side
+from lm_saes.errors import ConfigError
+from lm_saes.latents.codes import Code
+from lm_saes.latents.linear import LinearEncoder
+from lm_saes.losses.dead_latents import auxk
+
+
+class CrossCoderConfig(BaseSAEConfig):
+    """A crosscoder over several hook points of one width."""
+
+    activation_functions: ClassVar[frozenset[str]] = ALL_ACTIVATIONS
+
+    sae_type: Literal["crosscoder"] = "crosscoder"  # type: ignore[assignment]
+    """Kind of dictionary."""
+    hook_points: list[str] = Field(min_length=1)
+    """The hook points that are read and reconstructed, one head each."""
+
+    @property
+    def hook_points_read(self) -> list[str]:
+        return self.hook_points
+
+    @property
+    def hook_points_written(self) -> list[str]:
+        return self.hook_points
+
+    @property
+    def n_heads(self) -> int:
+        """Number of hook points."""
+        return len(self.hook_points)
+
+
+class CrossCoder(SitedDictionary):
+    """A crosscoder. Inputs, labels and reconstructions are `[H, ..., D]`, latents `[..., H, F]`."""
+
+    config_class = CrossCoderConfig
+    averages_sites = True
+    latent_dimensions = ("heads", "sae")
+    cfg: CrossCoderConfig
+
+    def __init__(self, cfg: CrossCoderConfig) -> None:
+        super().__init__(cfg)
+        heads, d_model, d_sae = cfg.n_heads, cfg.d_model, cfg.d_sae
+        self.W_E = nn.Parameter(torch.zeros(d_sae, heads, d_model, dtype=cfg.dtype).permute(1, 2, 0))
+        self.b_E = nn.Parameter(torch.zeros(heads, d_sae, dtype=cfg.dtype))
+        self.W_D = nn.Parameter(torch.zeros(heads, d_sae, d_model, dtype=cfg.dtype))
+        self.b_D = nn.Parameter(torch.zeros(heads, d_model, dtype=cfg.dtype)) if cfg.use_decoder_bias else None
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    @property
+    def encoder(self) -> LinearEncoder:
+        """All heads' encoders as one, reading their inputs side by side."""
+        return LinearEncoder(self.W_E.reshape(-1, self.cfg.d_sae), self.b_E.sum(0), n_sites=self.cfg.n_heads)
+
+    def hidden_pre(self, x: Tensor) -> Tensor:
+        x_NX = side_by_side(x.flatten(1, -2))
+        h_NF = LinearEncoder(self.W_E.reshape(-1, self.cfg.d_sae), self.b_E.sum(0)).pre_activations(x_NX)
+        return h_NF.view(*x.shape[1:-1], -1)
+
+    def _decode_code(self, code: Code) -> Tensor:
+        y_RD = self.axis.leave(code.decode(self.W_D))
+        y_HND = y_RD.view(-1, self.cfg.n_heads, self.cfg.d_model).transpose(0, 1)
+        return y_HND if self.b_D is None else y_HND + self.b_D[:, None]
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        y = self.axis.leave(torch.einsum("...hf,hfd->h...d", feature_acts, self.W_D))
+        return y if self.b_D is None else y + self.b_D.view(len(self.b_D), *[1] * (y.ndim - 2), -1)
+
+    def latent_counts(self, record: Record) -> Tensor:
+        """A latent counts as active on as many tokens as its most active head."""
+        return record.counts.view(self.n_sites, -1).amax(0)
+
+    def latent_entries(self, record: Record) -> tuple[Tensor, Tensor, Tensor]:
+        """A latent that several heads keep on a token is one entry: they keep the same value."""
+        rows, latents, values = record.code.entries()
+        keys = rows // self.cfg.n_heads * self.cfg.d_sae + latents
+        keys, order = keys.sort(stable=True)
+        first = torch.ones_like(keys, dtype=torch.bool)
+        first[1:] = keys[1:] != keys[:-1]
+        return keys[first] // self.cfg.d_sae, keys[first] % self.cfg.d_sae, values[order][first]
+
+    # -- losses ----------------------------------------------------------------------------------------------------
+
+    def pre_activation_loss(self, record: Record) -> Tensor:
+        """As the autoencoder's, by each head's norms; mean over tokens and heads."""
+        theta_F = self.theta("lp_coefficient")
+        h_NF = self.hidden_pre(record.input)
+        if self.cfg.sparsity_include_decoder_norm:
+            short_HNF = torch.relu(theta_F - h_NF * record.norm[:, None])
+        else:
+            short_HNF = torch.relu(theta_F - h_NF) * record.norm[:, None]
+        return record.token_mean(self.axis.leave(short_HNF.sum(2)))
+
+    def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:
+        scale_HF = self.selection_scale(record.norm)
+        h_NX = self.encoder.rows(dead).pre_activations(side_by_side(record.input))
+        losses = []
+        for head, W_FD in enumerate(self.W_D):
+            scale_X = None if scale_HF is None else scale_HF[head, dead]
+            losses.append(auxk(record, h_NX, scale_X, W_FD.index_select(0, dead), k_aux, head))
+        return torch.stack(losses).mean()
+
+    # -- norms, folding --------------------------------------------------------------------------------------------
+
+    def decoder_norm(self, keepdim: bool = False) -> Tensor:
+        return torch.linalg.vector_norm(self.W_D, dim=2, keepdim=keepdim)
+
+    def decoder_bias_norm(self) -> Tensor:
+        return self.W_D.new_zeros(()) if self.b_D is None else torch.linalg.vector_norm(self.b_D, dim=1).mean()
+
+    @torch.no_grad()
+    def set_decoder_to_fixed_norm(self, value: float, force_exact: bool) -> None:
+        ratio = value / self.decoder_norm(keepdim=True).clamp(min=torch.finfo(self.cfg.dtype).tiny ** 0.5)
+        self.W_D.mul_(ratio if force_exact else ratio.clamp(max=1))
+
+    def transform_to_unit_decoder_norm(self) -> None:
+        """Not possible: a latent's heads share one pre-activation.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "a crosscoder's heads share one encoder: norms that differ between heads cannot all be moved into it"
+        )
+
+    @torch.no_grad()
+    def standardize_parameters_of_dataset_norm(self) -> None:
+        """Fold the dataset-wise factors; with gating, selection keeps the trained norms (`selection_norm`).
+
+        Raises:
+            NotImplementedError: token-wise or batch-wise scales, which depend on the activations.
+            ConfigError: no average norms are known.
+        """
+        if not self.is_foldable():
+            return
+        factors = torch.stack([self.compute_norm_factor(self.W_D, hook) for hook in self.cfg.hook_points])
+        self.keep_selection_norm()
+        self.W_E.mul_(factors[:, None, None])
+        self.W_D.div_(factors[:, None, None])
+        if self.b_D is not None:
+            self.b_D.div_(factors[:, None])
+        self.cfg = self.cfg.model_copy(update={"norm_activation": "inference"})
+
+    # -- initialisation --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def init_parameters(self, *, encoder_uniform_bound: float, decoder_uniform_bound: float,
+                        init_log_jumprelu_threshold_value: float | None = None) -> None:  # fmt: skip
+        """`W_E`, `W_D` uniform within their bounds, one head drawn and copied to all; biases 0, thresholds as given."""
+        first_FD = self.W_E[0].T.clone().contiguous().uniform_(-encoder_uniform_bound, encoder_uniform_bound)
+        self.W_E.copy_(first_FD.T.expand_as(self.W_E))
+        self.W_D.copy_(self.W_D[0].clone().uniform_(-decoder_uniform_bound, decoder_uniform_bound).expand_as(self.W_D))
+        self.b_E.zero_()
+        if self.b_D is not None:
+            self.b_D.zero_()
+        self.init_thresholds(init_log_jumprelu_threshold_value)
+
+    @torch.no_grad()
+    def init_encoder_with_decoder_transpose(self, factor: float = 1.0) -> None:
+        """`W_E[j] = factor x W_D[j]^T` for every head."""
+        self.W_E.copy_(self.W_D.transpose(1, 2)).mul_(factor)
+
+    @torch.no_grad()
+    def init_decoder_bias_with_geometric_median(self, batch: Mapping[str, Any]) -> None:
+        """`b_D[j] =` the geometric median of head j's valid (normalised) labels."""
+        if self.b_D is None:
+            raise ConfigError("bias_init_method: use_decoder_bias is off; there is no bias to set")
+        for bias_D, y in zip(self.b_D, self.prepare_label(batch), strict=True):
+            bias_D.copy_(geometric_median(valid_rows(y, batch)))
+
+    @torch.no_grad()
+    def init_W_D_with_active_subspace(self, batch: Mapping[str, Any], d_active_subspace: int) -> None:
+        """`W_D[j] <- W_D[j][:, :m] U_m^T`, with the m directions of most variance of head j's (normalised) labels."""
+        for W_FD, y in zip(self.W_D, self.prepare_label(batch), strict=True):
+            directions_MD = active_directions(valid_rows(y, batch), d_active_subspace)
+            W_FD.copy_(W_FD[:, : len(directions_MD)] @ directions_MD.to(self.cfg.dtype))
+
+    def dim_maps(self) -> dict[str, dict[str, int]]:
+        maps = {"W_E": {"head": 0, "model": 2}, "b_E": {"head": 0, "model": 1}, "W_D": {"head": 0, "model": 1},
+                "b_D": {"head": 0}, "activation_function.log_jumprelu_threshold": {"model": 0}}  # fmt: skip
+        return {name: maps[name] for name, _ in self.named_parameters()}

@@ -1,0 +1,96 @@
+"""What kinds with several sites share, whether layers of a cross-layer transcoder or heads of a crosscoder.
+
+Inputs, labels and reconstructions are `[S, ..., D]`, latents `[..., S, F]`: one site for each hook point written.
+
+Letters: N tokens, S sites, D width, F latents.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
+from lm_saes.dictionaries.record import Record
+from lm_saes.dictionaries.rows import flat_mask, hook_rows, valid_rows
+from lm_saes.latents.codes import Code
+from lm_saes.latents.linear import Encoder, encode
+
+
+class SitedDictionary(AbstractSparseAutoEncoder):
+    """A dictionary of several sites, with encoders `W_E [S, D, F]`, `b_E [S, F]`."""
+
+    W_E: nn.Parameter
+    b_E: nn.Parameter
+
+    @property
+    @abstractmethod
+    def encoder(self) -> Encoder:
+        """The encoders of all sites, reading their inputs side by side."""
+
+    @abstractmethod
+    def _decode_code(self, code: Code) -> Tensor:
+        """The reconstruction `[S, N, D]` of a code."""
+
+    @property
+    def n_sites(self) -> int:
+        """Number of sites S."""
+        return len(self.cfg.hook_points_written)
+
+    def prepare_input(self, batch: Mapping[str, Any]) -> Tensor:
+        return torch.stack([hook_rows(batch, hook, self.cfg.d_model) for hook in self.cfg.hook_points_read])
+
+    def prepare_label(self, batch: Mapping[str, Any]) -> Tensor:
+        return torch.stack([hook_rows(batch, hook, self.cfg.d_model) for hook in self.cfg.hook_points_written])
+
+    def encode(self, x: Tensor, return_hidden_pre: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Dense latents `[..., S, F]` of normalised activations `[S, ..., D]` (and what `hidden_pre` gives)."""
+        latents = self.encode_sparse(x).dense().view(*x.shape[1:-1], self.n_sites, -1)
+        return (latents, self.hidden_pre(x)) if return_hidden_pre else latents
+
+    def encode_sparse(self, x: Tensor, mask: Tensor | None = None) -> Code:
+        return self._encode_rows(x.flatten(1, -2), flat_mask(mask), self.decoder_norm())
+
+    def _encode_rows(self, x_SND: Tensor, mask_N: Tensor | None, norm_SF: Tensor) -> Code:
+        x_NX = self.axis.enter(side_by_side(x_SND))
+        return encode(x_NX, self.encoder, self.activation_function, self.selection_scale(norm_SF), mask_N)
+
+    def make_record(self, batch: Mapping[str, Any]) -> Record:
+        x_SND = self.prepare_input(batch).flatten(1, -2)
+        same = self.cfg.hook_points_read == self.cfg.hook_points_written
+        y_SND = x_SND if same else self.prepare_label(batch).flatten(1, -2)
+        mask_N, norm_SF = flat_mask(batch.get("mask")), self.decoder_norm()
+        code = self._encode_rows(x_SND, mask_N, norm_SF)
+        n_tokens = torch.tensor(x_SND.shape[1], device=x_SND.device) if mask_N is None else mask_N.sum()
+        y_hat_SND = self._decode_code(code)
+        return Record(x_SND, y_SND, code, y_hat_SND, mask_N, n_tokens.to(torch.float32), norm_SF, self.n_sites)
+
+    def denormalize_activations(self, batch: Mapping[str, Any], reconstruction: Tensor) -> Tensor:
+        return self.denormalize_sites(batch, reconstruction, self.cfg.hook_points_written)
+
+    def reconstruct(self, batch: Mapping[str, Any]) -> Tensor:
+        x = self.prepare_input(self.normalize_activations(batch))
+        y_SND = self._decode_code(self.encode_sparse(x, batch.get("mask")))
+        return self.denormalize_activations(batch, y_SND.reshape(x.shape))
+
+    def encoder_norm(self, keepdim: bool = False) -> Tensor:
+        return torch.linalg.vector_norm(self.W_E, dim=1, keepdim=keepdim)
+
+    @torch.no_grad()
+    def set_encoder_to_fixed_norm(self, value: float) -> None:
+        self.W_E.mul_(value / self.encoder_norm(keepdim=True).clamp(min=torch.finfo(self.cfg.dtype).tiny ** 0.5))
+
+    @torch.no_grad()
+    def init_encoder_bias_with_mean_hidden_pre(self, batch: Mapping[str, Any]) -> None:
+        """`b_E[j] = -` the mean over valid tokens of `x_j W_E[j]` (`batch` is normalised)."""
+        for b_F, x, W_DF in zip(self.b_E, self.prepare_input(batch), self.W_E, strict=True):
+            b_F.copy_(-valid_rows(x, batch).mean(0) @ W_DF)
+
+
+def side_by_side(x_SND: Tensor) -> Tensor:
+    """Each token's activations of all sites in a row, `[N, S * D]`."""
+    return x_SND.transpose(0, 1).flatten(1)
