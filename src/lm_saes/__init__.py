@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lm_saes.data.language_model import load_language_model as load_language_model
     from lm_saes.data.text import DatasetConfig as DatasetConfig
     from lm_saes.data.text import load_dataset as load_dataset
+    from lm_saes.data.transformer_lens import TransformerLensLanguageModel as TransformerLensLanguageModel
     from lm_saes.data.writer import ActivationWriter as ActivationWriter
     from lm_saes.data.writer import ActivationWriterConfig as ActivationWriterConfig
     from lm_saes.dictionaries.base import AbstractSparseAutoEncoder as AbstractSparseAutoEncoder
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from lm_saes.dictionaries.config import BaseSAEConfig as BaseSAEConfig
     from lm_saes.dictionaries.crosscoder import CrossCoder as CrossCoder
     from lm_saes.dictionaries.crosscoder import CrossCoderConfig as CrossCoderConfig
+    from lm_saes.dictionaries.lorsa import LowRankSparseAttention as LowRankSparseAttention
+    from lm_saes.dictionaries.lorsa_config import LorsaConfig as LorsaConfig
+    from lm_saes.dictionaries.molt import MixtureOfLinearTransform as MixtureOfLinearTransform
+    from lm_saes.dictionaries.molt import MOLTConfig as MOLTConfig
     from lm_saes.dictionaries.sae import SAEConfig as SAEConfig
     from lm_saes.dictionaries.sae import SparseAutoEncoder as SparseAutoEncoder
     from lm_saes.evaluation.evaluator import EvalConfig as EvalConfig
@@ -38,11 +43,15 @@ if TYPE_CHECKING:
     from lm_saes.runners import GenerateActivationsSettings as GenerateActivationsSettings
     from lm_saes.runners import TrainCLTSettings as TrainCLTSettings
     from lm_saes.runners import TrainCrossCoderSettings as TrainCrossCoderSettings
+    from lm_saes.runners import TrainLorsaSettings as TrainLorsaSettings
+    from lm_saes.runners import TrainMOLTSettings as TrainMOLTSettings
     from lm_saes.runners import TrainSAESettings as TrainSAESettings
     from lm_saes.runners import evaluate_sae as evaluate_sae
     from lm_saes.runners import generate_activations as generate_activations
     from lm_saes.runners import train_clt as train_clt
     from lm_saes.runners import train_crosscoder as train_crosscoder
+    from lm_saes.runners import train_lorsa as train_lorsa
+    from lm_saes.runners import train_molt as train_molt
     from lm_saes.runners import train_sae as train_sae
     from lm_saes.trainer import Trainer as Trainer
     from lm_saes.training.config import TrainerConfig as TrainerConfig
@@ -73,13 +82,20 @@ _MODULE_OF = {
     "InitializerConfig": "lm_saes.initializer",
     "LanguageModel": "lm_saes.data.language_model",
     "LanguageModelConfig": "lm_saes.data.language_model",
+    "LorsaConfig": "lm_saes.dictionaries.lorsa_config",
+    "LowRankSparseAttention": "lm_saes.dictionaries.lorsa",
+    "MOLTConfig": "lm_saes.dictionaries.molt",
+    "MixtureOfLinearTransform": "lm_saes.dictionaries.molt",
     "SAEConfig": "lm_saes.dictionaries.sae",
     "SparseAutoEncoder": "lm_saes.dictionaries.sae",
     "TrainCLTSettings": "lm_saes.runners",
     "TrainCrossCoderSettings": "lm_saes.runners",
+    "TrainLorsaSettings": "lm_saes.runners",
+    "TrainMOLTSettings": "lm_saes.runners",
     "TrainSAESettings": "lm_saes.runners",
     "Trainer": "lm_saes.trainer",
     "TrainerConfig": "lm_saes.training.config",
+    "TransformerLensLanguageModel": "lm_saes.data.transformer_lens",
     "WandbConfig": "lm_saes.training.loggers.wandb",
     "evaluate_sae": "lm_saes.runners",
     "generate_activations": "lm_saes.runners",
@@ -87,6 +103,8 @@ _MODULE_OF = {
     "load_language_model": "lm_saes.data.language_model",
     "train_clt": "lm_saes.runners",
     "train_crosscoder": "lm_saes.runners",
+    "train_lorsa": "lm_saes.runners",
+    "train_molt": "lm_saes.runners",
     "train_sae": "lm_saes.runners",
 }
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, ValidationInfo, model_validator
+from torch import Tensor
 
 from lm_saes.config import BaseConfig
 from lm_saes.data.batch import Batch, check_batch
+from lm_saes.data.model_weights import AttentionWeights, attention_weights
 from lm_saes.data.peek import peekable
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
+from lm_saes.dictionaries.lorsa import LorsaConfig, LowRankSparseAttention
 from lm_saes.dictionaries.normalization import NORM_BATCHES, average_norms
+from lm_saes.dictionaries.sae import SAEConfig
 from lm_saes.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -50,7 +54,7 @@ class InitializerConfig(BaseConfig):
     initialize_lorsa_with_mhsa: bool | None = None
     """Lorsa only: start from the model's own attention weights."""
     initialize_tc_with_mlp: bool | None = None
-    """Transcoder only: start decoder directions from the model's own MLP."""
+    """Transcoder only: start decoder directions from what the model's own MLP makes of the encoder's."""
     model_layer: int | None = Field(default=None, ge=0)
     """Layer of the model that those weights come from."""
     init_encoder_bias_with_mean_hidden_pre: bool = False
@@ -60,13 +64,23 @@ class InitializerConfig(BaseConfig):
     def _check(self, info: ValidationInfo) -> InitializerConfig:
         if not self.initialize_W_D_with_active_subspace:
             self.refuse_without_effect(["d_active_subspace"], "initialize_W_D_with_active_subspace is off", info)
-        elif self.d_active_subspace is None:
-            raise ValueError("d_active_subspace=None: initialize_W_D_with_active_subspace needs a number of directions")
         if not self.init_encoder_with_decoder_transpose:
             factor = ["init_encoder_with_decoder_transpose_factor"]
             self.refuse_without_effect(factor, "init_encoder_with_decoder_transpose is off", info)
-        if not (self.initialize_lorsa_with_mhsa or self.initialize_tc_with_mlp):
+        if not (
+            self.initialize_lorsa_with_mhsa or self.initialize_tc_with_mlp or self.initialize_W_D_with_active_subspace
+        ):
             self.refuse_without_effect(["model_layer"], "nothing is initialised from the model", info)
+        if self.initialize_tc_with_mlp:
+            if self.model_layer is None:
+                raise ValueError("model_layer=None: initialize_tc_with_mlp needs the layer of the MLP to start from")
+            if self.initialize_W_D_with_active_subspace:
+                raise ValueError(
+                    "initialize_W_D_with_active_subspace=True: would overwrite the decoder that initialize_tc_with_mlp "
+                    "sets; remove one of them"
+                )
+            factor = ["init_encoder_with_decoder_transpose_factor"]
+            self.refuse_without_effect(factor, "initialize_tc_with_mlp brings encoder norms to 1", info)
         return self
 
 
@@ -105,11 +119,14 @@ class Initializer:
             activation_stream: batches of activations; needed for dataset-wise norms that are not given and for
                 everything that looks at a batch.
             activation_norm: mean norm of each hook point's activations.
+            model: the language model that gives its MLP (`initialize_tc_with_mlp`) or attention (Lorsa).
 
         Raises:
             ConfigError: a setting that does not fit this dictionary, or needs something that was not given.
         """
         self._check(cfg)
+        mlp = self._mlp(cfg, model) if self.cfg.initialize_tc_with_mlp else None
+        mhsa = self._attention(cfg, model) if isinstance(cfg, LorsaConfig) else None
         sae = self.initialize_parameters(AbstractSparseAutoEncoder.from_config(cfg, device_mesh=device_mesh))
         wanted = NORM_BATCHES if cfg.norm_activation == "dataset-wise" and activation_norm is None else 1
         batches = [] if activation_stream is None else peekable(activation_stream).peek(wanted)
@@ -124,11 +141,19 @@ class Initializer:
                 average_norms(batches, cfg.associated_hook_points) if activation_norm is None else activation_norm
             )
             sae.set_dataset_average_activation_norm(measured)
+        if self.cfg.initialize_lorsa_with_mhsa and isinstance(sae, LowRankSparseAttention):
+            assert mhsa is not None
+            sae.init_lorsa_with_mhsa(mhsa)
         if self._looks_at_a_batch():
             if not batches:
                 raise DataError("activation_stream: initialisation looks at a batch, and there is none; give a stream")
             first = {k: v.to(cfg.device) if isinstance(v, torch.Tensor) else v for k, v in batches[0].items()}
-            if self.cfg.initialize_W_D_with_active_subspace:
+            if mlp is not None:
+                sae.init_tc_with_mlp(first, mlp)
+            if self.cfg.initialize_W_D_with_active_subspace and isinstance(sae, LowRankSparseAttention):
+                assert mhsa is not None
+                sae.init_W_V_with_active_subspace_per_head(sae.normalize_activations(first), mhsa)
+            elif self.cfg.initialize_W_D_with_active_subspace:
                 assert self.cfg.d_active_subspace is not None
                 sae.init_W_D_with_active_subspace(sae.normalize_activations(first), self.cfg.d_active_subspace)
                 self._tie(sae)
@@ -167,7 +192,8 @@ class Initializer:
 
     def _set_norm(self, sae: AbstractSparseAutoEncoder, batch: Mapping[str, Any], norm: float) -> None:
         sae.set_decoder_to_fixed_norm(norm, force_exact=True)
-        self._tie(sae)
+        if not self.cfg.initialize_tc_with_mlp:
+            self._tie(sae)
         if self.cfg.init_encoder_bias_with_mean_hidden_pre:
             sae.init_encoder_bias_with_mean_hidden_pre(batch)
 
@@ -181,15 +207,20 @@ class Initializer:
             cfg.bias_init_method != "all_zero"
             or cfg.grid_search_init_norm
             or cfg.initialize_W_D_with_active_subspace
+            or bool(cfg.initialize_tc_with_mlp)
             or cfg.init_encoder_bias_with_mean_hidden_pre
         )
 
     def _check(self, cfg: BaseSAEConfig) -> None:
-        name = "init_encoder_with_decoder_transpose"
-        tied = getattr(self.cfg, name) and name in self.cfg.model_fields_set
+        tied = (
+            self.cfg.init_encoder_with_decoder_transpose
+            and "init_encoder_with_decoder_transpose" in self.cfg.model_fields_set
+        )
         if tied and not AbstractSparseAutoEncoder.kinds[cfg.sae_type].ties_encoder:
-            kind = f"a dictionary of sae_type={cfg.sae_type!r}"
-            raise ConfigError(f"{name}=True: {kind} has no encoder of its decoder's shape; remove it")
+            raise ConfigError(
+                f"init_encoder_with_decoder_transpose=True: a dictionary of sae_type={cfg.sae_type!r} has no encoder "
+                "of its decoder's shape; remove it"
+            )
         if self.cfg.init_log_jumprelu_threshold_value is not None and cfg.act_fn != "jumprelu":
             value = self.cfg.init_log_jumprelu_threshold_value
             raise ConfigError(
@@ -199,8 +230,44 @@ class Initializer:
             raise ConfigError(
                 f"bias_init_method={self.cfg.bias_init_method!r}: use_decoder_bias is off; there is no bias to set"
             )
-        for name in ("initialize_lorsa_with_mhsa", "initialize_tc_with_mlp"):
-            if getattr(self.cfg, name):
+        if self.cfg.initialize_W_D_with_active_subspace:
+            per_head, m = isinstance(cfg, LorsaConfig), self.cfg.d_active_subspace
+            if per_head and m is not None:
                 raise ConfigError(
-                    f"{name}=True: initialisation from the model's weights is not available yet; remove it"
+                    f"d_active_subspace={m} has no effect: a Lorsa takes d_qk_head of each head; remove it"
                 )
+            if not per_head and m is None:
+                raise ConfigError(
+                    "d_active_subspace=None: initialize_W_D_with_active_subspace needs a number of directions"
+                )
+            if not (per_head or self.cfg.initialize_tc_with_mlp) and self.cfg.model_layer is not None:
+                raise ConfigError(
+                    f"model_layer={self.cfg.model_layer} has no effect: nothing is taken from the model; remove it"
+                )
+        if self.cfg.initialize_lorsa_with_mhsa and not isinstance(cfg, LorsaConfig):
+            raise ConfigError(
+                f"initialize_lorsa_with_mhsa=True: needs sae_type='lorsa', not {cfg.sae_type!r}; remove it"
+            )
+
+    def _attention(self, cfg: LorsaConfig, model: LanguageModel | None) -> AttentionWeights | None:
+        """The attention that a Lorsa starts from, if it does."""
+        per_head = self.cfg.initialize_W_D_with_active_subspace
+        if not (self.cfg.initialize_lorsa_with_mhsa or per_head):
+            return None
+        name = "initialize_W_D_with_active_subspace" if per_head else "initialize_lorsa_with_mhsa"
+        if self.cfg.model_layer is None:
+            raise ConfigError(f"model_layer=None: {name} needs the layer of the attention to start from")
+        if model is None:
+            raise ConfigError(f"{name}=True: needs the language model's attention; give model")
+        return attention_weights(model, self.cfg.model_layer).to(cfg.device)
+
+    def _mlp(self, cfg: BaseSAEConfig, model: LanguageModel | None) -> Callable[[Tensor], Tensor]:
+        if not isinstance(cfg, SAEConfig) or cfg.hook_point_in == cfg.hook_point_out:
+            raise ConfigError(
+                "initialize_tc_with_mlp=True: needs a transcoder (sae_type='sae', hook_point_out behind the MLP that "
+                "hook_point_in stands in front of); remove it"
+            )
+        if model is None:
+            raise ConfigError("initialize_tc_with_mlp=True: needs the language model; give model")
+        assert self.cfg.model_layer is not None
+        return model.mlp(self.cfg.model_layer, cfg.hook_point_in, cfg.hook_point_out)

@@ -32,6 +32,8 @@ from lm_saes.settings import (
     GenerateActivationsSettings,
     TrainCLTSettings,
     TrainCrossCoderSettings,
+    TrainLorsaSettings,
+    TrainMOLTSettings,
     TrainSAESettings,
     TrainSettings,
     check_evaluation,
@@ -46,11 +48,15 @@ __all__ = [
     "GenerateActivationsSettings",
     "TrainCLTSettings",
     "TrainCrossCoderSettings",
+    "TrainLorsaSettings",
+    "TrainMOLTSettings",
     "TrainSAESettings",
     "evaluate_sae",
     "generate_activations",
     "train_clt",
     "train_crosscoder",
+    "train_lorsa",
+    "train_molt",
     "train_sae",
 ]
 
@@ -70,6 +76,16 @@ def train_crosscoder(settings: TrainCrossCoderSettings) -> AbstractSparseAutoEnc
 
 def train_clt(settings: TrainCLTSettings) -> AbstractSparseAutoEncoder:
     """Train a cross-layer transcoder; as `train_sae`."""
+    return _train(settings)
+
+
+def train_molt(settings: TrainMOLTSettings) -> AbstractSparseAutoEncoder:
+    """Train a mixture of linear transforms; as `train_sae`."""
+    return _train(settings)
+
+
+def train_lorsa(settings: TrainLorsaSettings) -> AbstractSparseAutoEncoder:
+    """Train a low-rank sparse attention; as `train_sae`."""
     return _train(settings)
 
 

@@ -16,6 +16,8 @@ from lm_saes.data.writer import ActivationWriterConfig
 from lm_saes.dictionaries.clt import CLTConfig
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.dictionaries.crosscoder import CrossCoderConfig
+from lm_saes.dictionaries.lorsa_config import LorsaConfig
+from lm_saes.dictionaries.molt import MOLTConfig
 from lm_saes.dictionaries.sae import SAEConfig
 from lm_saes.errors import ConfigError
 from lm_saes.evaluation.evaluator import EvalConfig
@@ -108,6 +110,29 @@ class TrainCLTSettings(TrainSettings):
 
     sae: CLTConfig  # type: ignore[assignment]
     """The dictionary."""
+
+
+class TrainMOLTSettings(TrainSettings):
+    """Train a mixture of linear transforms."""
+
+    sae: MOLTConfig  # type: ignore[assignment]
+    """The dictionary."""
+
+
+class TrainLorsaSettings(TrainSettings):
+    """Train a low-rank sparse attention; its activations keep their contexts (`activations-2d`)."""
+
+    sae: LorsaConfig  # type: ignore[assignment]
+    """The dictionary."""
+
+    @model_validator(mode="after")
+    def _check_contexts(self) -> TrainLorsaSettings:
+        target = self.activation_factory.target
+        if target != ActivationFactoryTarget.ACTIVATIONS_2D:
+            raise ValueError(
+                f"activation_factory.target={target.value!r}: attention needs contexts; use activations-2d"
+            )
+        return self
 
 
 class GenerateActivationsSettings(BaseConfig):

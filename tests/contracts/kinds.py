@@ -13,9 +13,12 @@ import torch
 
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
+from lm_saes.dictionaries.molt import MixtureOfLinearTransform
 
 from ..unit.dictionaries.twin import IN, OUT, THETA, random_batch
 
+_LORSA: dict[str, Any] = {"hook_point_in": IN, "hook_point_out": OUT, "n_qk_heads": 24, "d_qk_head": 4, "n_ctx": 5}
+_RANKS = {1: 10, 3: 8, 9: 6}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "sae": {
         "autoencoder": {"hook_point_in": IN, "hook_point_out": IN},
@@ -36,6 +39,27 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "use_decoder_bias": False,
         },
     },
+    "lorsa": {  # each head with a query-key head of its own, so that heads may change places
+        "lorsa": {**_LORSA, "rotary_dim": 4},
+        "ungated": {
+            **_LORSA,
+            "positional_embedding_type": "none",
+            "use_post_qk_ln": True,
+            "normalization_type": "RMS",
+            "sparsity_include_decoder_norm": False,
+            "use_decoder_bias": False,
+        },
+    },
+    "molt": {
+        "molt": {"hook_point_in": IN, "hook_point_out": OUT, "rank_counts": _RANKS},
+        "ungated": {
+            "hook_point_in": IN,
+            "hook_point_out": IN,
+            "rank_counts": _RANKS,
+            "sparsity_include_decoder_norm": False,
+            "use_decoder_bias": False,
+        },
+    },
 }
 NORMS = ("token-wise", "batch-wise", "dataset-wise", "inference")
 
@@ -49,6 +73,23 @@ def variants() -> list[Any]:
         for name in VARIANTS[kind]
         for act_fn in sorted(BaseSAEConfig.registry[kind].activation_functions)
     ]
+
+
+def own_latents(dictionary: AbstractSparseAutoEncoder, name: str) -> range:
+    """The latents that a parameter belongs to: all, or those of one rank in a mixture of linear transforms."""
+    if isinstance(dictionary, MixtureOfLinearTransform) and "_matrices." in name:
+        rank = int(name.split(".")[1])
+        first = sum(n for r, n in _RANKS.items() if r < rank)
+        return range(first, first + _RANKS[rank])
+    return range(dictionary.cfg.d_sae)
+
+
+def new_order(dictionary: AbstractSparseAutoEncoder) -> torch.Tensor:
+    """Latents in another order, in which they stay among those that they share a parameter with."""
+    draw = torch.Generator().manual_seed(7)
+    sizes = _RANKS.values() if isinstance(dictionary, MixtureOfLinearTransform) else [dictionary.cfg.d_sae]
+    firsts = [sum(list(sizes)[:i]) for i in range(len(sizes))]
+    return torch.cat([first + torch.randperm(n, generator=draw) for first, n in zip(firsts, sizes, strict=True)])
 
 
 every_variant = pytest.mark.parametrize(("kind", "variant", "act_fn"), variants())

@@ -172,17 +172,15 @@ def test_the_encoder_bias_centres_the_pre_activations_of_the_valid_tokens(search
 # -- the active subspace -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm_activation", ["dataset-wise", "token-wise"])
 @pytest.mark.parametrize("transcoder", [False, True])
 @pytest.mark.parametrize("m", [1, 2, 4])
-def test_decoder_rows_lie_in_the_active_subspace(m: int, transcoder: bool, norm_activation: str) -> None:
-    cfg = sae_config(transcoder, norm_activation=norm_activation)
+def test_decoder_rows_lie_in_the_active_subspace(m: int, transcoder: bool) -> None:
+    cfg = sae_config(transcoder, norm_activation="dataset-wise")
     batch, hook = structured_batch(cfg), OUT if transcoder else IN
     settings: dict[str, Any] = {"init_encoder_with_decoder_transpose_factor": 0.5}
     plain = initialize(cfg, [batch], NORMS, **settings)
     sae = initialize(cfg, [batch], NORMS, initialize_W_D_with_active_subspace=True, d_active_subspace=m, **settings)
-    labels = valid(batch[hook], batch)
-    labels = labels / (labels.norm(dim=1, keepdim=True) if norm_activation == "token-wise" else NORMS[hook])
+    labels = valid(batch[hook], batch) * math.sqrt(6) / NORMS[hook]
     U_DM = torch.linalg.svd((labels - labels.mean(0)).T).U[:, :m]
     assert_same(sae.W_D @ U_DM @ U_DM.T, sae.W_D, 1e-4)  # the rows are their own projection
     assert int(torch.linalg.matrix_rank(sae.W_D.detach(), atol=1e-3)) == m
@@ -310,13 +308,26 @@ def test_the_order_of_the_steps() -> None:
         ({"decoder_uniform_bound": 0.0}, "decoder_uniform_bound"),
         ({"encoder_uniform_bound": -1.0}, "encoder_uniform_bound"),
         ({"d_active_subspace": 3}, "d_active_subspace=3 has no effect: initialize_W_D_with_active_subspace is off"),
-        ({"initialize_W_D_with_active_subspace": True}, "d_active_subspace=None"),
         ({"initialize_W_D_with_active_subspace": True, "d_active_subspace": 0}, "d_active_subspace"),
         (
             {"init_encoder_with_decoder_transpose": False, "init_encoder_with_decoder_transpose_factor": 2.0},
             "init_encoder_with_decoder_transpose_factor=2.0 has no effect",
         ),
         ({"model_layer": 2}, "model_layer=2 has no effect"),
+        ({"initialize_tc_with_mlp": True}, "model_layer=None: initialize_tc_with_mlp needs the layer"),
+        (
+            {
+                "initialize_tc_with_mlp": True,
+                "model_layer": 0,
+                "initialize_W_D_with_active_subspace": True,
+                "d_active_subspace": 3,
+            },
+            "initialize_W_D_with_active_subspace=True: would overwrite",
+        ),
+        (
+            {"initialize_tc_with_mlp": True, "model_layer": 0, "init_encoder_with_decoder_transpose_factor": 2.0},
+            "init_encoder_with_decoder_transpose_factor=2.0 has no effect: initialize_tc_with_mlp",
+        ),
         ({"grid_search": True}, "did you mean 'grid_search_init_norm'?"),
     ],
 )
@@ -338,7 +349,8 @@ def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> No
             "d_active_subspace=7: must be between 1 and d_model=6",
         ),
         ({}, {"initialize_lorsa_with_mhsa": True, "model_layer": 0}, "initialize_lorsa_with_mhsa=True"),
-        ({}, {"initialize_tc_with_mlp": True, "model_layer": 0}, "initialize_tc_with_mlp=True"),
+        ({}, {"initialize_W_D_with_active_subspace": True}, "d_active_subspace=None"),
+        ({}, {"initialize_tc_with_mlp": True, "model_layer": 0}, "initialize_tc_with_mlp=True: needs a transcoder"),
     ],
 )
 def test_settings_that_do_not_fit_the_dictionary(cfg: dict[str, Any], settings: dict[str, Any], message: str) -> None:

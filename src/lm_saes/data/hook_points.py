@@ -17,7 +17,7 @@ Any other module's output is reached by the module's own path, as in `model.laye
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ class Layout:
     attn_out: str
     mlp_out: str
     attn_projection: str
+    mlp: str = "mlp"
     norm_weight_offset: float = 0.0
     """What the norms add to their weight before they multiply with it (Gemma: 1)."""
     parallel_setting: str | None = None
@@ -133,7 +134,7 @@ class Site:
     def _before(self, edit: Edit) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             value = args[0] if args else kwargs["hidden_states"]
-            new = self._edited(value, edit)
+            new = edited(self.name, value, edit)
             if new is None:
                 return None
             if self.part == "residual":
@@ -147,7 +148,7 @@ class Site:
     def _after(self, edit: Edit) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             if self.part == "normalized":
-                new = self._edited(_normalized(module, args[0]), edit)
+                new = edited(self.name, _normalized(module, args[0]), edit)
                 return None if new is None else self._weighted(new).to(output.dtype)
             value = output[0] if isinstance(output, tuple) else output
             if not isinstance(value, Tensor):
@@ -155,28 +156,34 @@ class Site:
                     f"hook point {self.name!r}: {type(module).__name__} returns {type(value).__name__}, not a tensor; "
                     "name a module that returns a tensor"
                 )
-            new = self._edited(value, edit)
+            new = edited(self.name, value, edit)
             if new is None:
                 return None
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
         return hook
 
-    def _edited(self, value: Tensor, edit: Edit) -> Tensor | None:
-        new = edit(value)
-        if new is None:
-            return None
-        if new.shape != value.shape:
-            raise ConfigError(
-                f"hook point {self.name!r}: the replacement has shape {tuple(new.shape)}, "
-                f"the activation {tuple(value.shape)}; they must be equal"
-            )
-        return new.to(device=value.device, dtype=value.dtype)
-
     def _weighted(self, normalized: Tensor) -> Tensor:
         parameters = dict(self.module.named_parameters(recurse=False))
         weighted = normalized * (self.norm_weight_offset + parameters["weight"])
         return weighted + parameters["bias"] if "bias" in parameters else weighted
+
+
+def edited(name: str, value: Tensor, edit: Edit) -> Tensor | None:
+    """What `edit` puts in the place of the activation `value` at hook point `name`, None if it only looks.
+
+    Raises:
+        ConfigError: the replacement has another shape.
+    """
+    new = edit(value)
+    if new is None:
+        return None
+    if new.shape != value.shape:
+        raise ConfigError(
+            f"hook point {name!r}: the replacement has shape {tuple(new.shape)}, "
+            f"the activation {tuple(value.shape)}; they must be equal"
+        )
+    return new.to(device=value.device, dtype=value.dtype)
 
 
 def _normalized(norm: nn.Module, x: Tensor) -> Tensor:
@@ -187,6 +194,18 @@ def _normalized(norm: nn.Module, x: Tensor) -> Tensor:
     return (wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt()).to(x.dtype)
 
 
+@dataclass(frozen=True)
+class MLPParts:
+    """The MLP of one layer, with the norms around it."""
+
+    modules: Sequence[nn.Module]
+    """Norm, MLP and (Gemma) post-norm: each reads what the one before it gives."""
+    inputs: Sequence[str]
+    """The hook points in front of the MLP, at which everything that it reads passes."""
+    outputs: Sequence[str]
+    """The hook points behind it."""
+
+
 class HookPoints:
     """The hook points of one Hugging Face model with a language-modelling head."""
 
@@ -194,7 +213,7 @@ class HookPoints:
         self._model_type: str = model_config.model_type
         self._modules = dict(model.named_modules())
         self._named: dict[str, Site] = {}
-        layout = LAYOUTS.get(self._model_type)
+        self._layout = layout = LAYOUTS.get(self._model_type)
         if layout is None:
             return
         self._named["hook_embed"] = Site("hook_embed", self._modules[layout.embed], "output")
@@ -209,6 +228,27 @@ class HookPoints:
     def names(self) -> list[str]:
         """The TransformerLens names that this model has, in the order of the forward pass."""
         return list(self._named)
+
+    def mlp(self, layer: int) -> MLPParts:
+        """The MLP of a layer.
+
+        Raises:
+            ConfigError: the layout of this model is not known.
+        """
+        if self._layout is None:
+            raise ConfigError(
+                f"layer {layer}: the layout of {self._model_type} models is not known, nor where their MLPs stand"
+            )
+        block = f"{self._layout.blocks}.{layer}"
+        paths = [
+            f"{block}.{path}" for path in dict.fromkeys([self._layout.ln2, self._layout.mlp, self._layout.mlp_out])
+        ]
+        before = (f"blocks.{layer}.ln2.hook_normalized", f"blocks.{layer}.hook_resid_mid")
+        return MLPParts(
+            [self._modules[path] for path in paths],
+            [*(name for name in before if name in self._named), paths[0]],
+            [f"blocks.{layer}.hook_mlp_out", *paths[1:]],
+        )
 
     def find(self, name: str) -> Site:
         """The place called `name`, a TransformerLens name or a module's path.

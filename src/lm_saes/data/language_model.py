@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor
 
 from lm_saes.config import BaseConfig, DType
-from lm_saes.errors import ConfigError
 
 
 class LanguageModelConfig(BaseConfig):
@@ -22,7 +21,7 @@ class LanguageModelConfig(BaseConfig):
     model_from_pretrained_path: str | None = None
     """Where to load the model and tokenizer from, if elsewhere than `model_name`; `model_name` is then only a label."""
     backend: Literal["auto", "huggingface", "transformer_lens"] = "auto"
-    """What runs the model; `auto` is `huggingface`."""
+    """What runs the model; `auto` is `huggingface`. `transformer_lens` is slower and needs the package of that name."""
     device: str = "cpu"
     """Device that runs the model: `cpu`, `cuda`, `cuda:1`, `mps`."""
     dtype: DType | None = None
@@ -117,6 +116,20 @@ class LanguageModel(ABC):
         in `activations`; a replacement of another shape is a `ConfigError`.
         """
 
+    def mlp(self, layer: int, hook_point_in: str, hook_point_out: str) -> Callable[[Tensor], Tensor]:
+        """The MLP of a layer as a function from activations at one hook point to activations at another, `[n, d]` each.
+
+        It is what a forward pass computes between the two, no more and no less: from `blocks.6.ln2.hook_normalized`,
+        which stands before the norm's weight and bias, these are applied first; from the norm's output they are not;
+        from `blocks.6.hook_resid_mid` the whole norm is. To `blocks.6.hook_mlp_out` a post-norm is applied, if the
+        model has one.
+
+        Raises:
+            ConfigError: there is no such layer, or `hook_point_in` does not stand in front of its MLP, or
+                `hook_point_out` not behind it; the message lists those that do.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not give its MLPs as functions")
+
     @abstractmethod
     def provenance(self) -> dict[str, str]:
         """What identifies the model: its name, commit or sha256 of its weights, dtype and the library's version."""
@@ -129,9 +142,9 @@ def load_language_model(cfg: LanguageModelConfig) -> LanguageModel:
         ConfigError: the model, its tokenizer, the device or the backend cannot be had.
     """
     if cfg.backend == "transformer_lens":
-        raise ConfigError(
-            "backend='transformer_lens' is not available yet; use 'auto' or 'huggingface', with the same hook names"
-        )
+        from lm_saes.data.transformer_lens import TransformerLensLanguageModel
+
+        return TransformerLensLanguageModel(cfg)
     from lm_saes.data.huggingface import HuggingFaceLanguageModel
 
     return HuggingFaceLanguageModel(cfg)

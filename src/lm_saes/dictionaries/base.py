@@ -42,6 +42,8 @@ class AbstractSparseAutoEncoder(Selecting, Normalizing, Stored, ABC):
     config_class: ClassVar[type[BaseSAEConfig]]
     ties_encoder: ClassVar[bool] = True
     """Whether the encoder can start as the decoder's transpose."""
+    has_encoder_norm: ClassVar[bool] = True
+    """Whether each latent has an encoder direction, whose norm can be measured and set."""
     averages_sites: ClassVar[bool] = False
     """Whether several sites of one latent (a crosscoder's heads) are averaged over, not added up, in L0."""
     latent_dimensions: ClassVar[tuple[str, ...]] = ("sae",)

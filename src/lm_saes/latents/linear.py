@@ -160,6 +160,7 @@ def encode(
     scale_SF: Tensor | None,
     mask_N: Tensor | None,
     dense: bool | None = None,
+    density_scale: float = 1.0,
 ) -> Code:
     """Encode and select: a code with one row per token and site.
 
@@ -169,12 +170,14 @@ def encode(
             else None.
         mask_N: valid tokens; only batch-wide selection looks at it.
         dense: force the dense (True) or sparse (False) path; None lets the density decide. Both give the same numbers.
+        density_scale: how many times the usual share of latents may be active before the dense path is taken.
     """
     n_sites, n_latents = encoder.n_sites, encoder.n_latents
     expected = activation.expected_entries(n_latents, n_sites)
     if dense is None and expected is not None:
-        dense = not sparse_pays(expected, n_latents)
-    picks = None if dense else _select(x_ND, encoder, activation, scale_SF, mask_N, may_refuse=dense is None)
+        dense = not sparse_pays(expected, n_latents * density_scale)
+    refuse_above = density_scale if dense is None else None
+    picks = None if dense else _select(x_ND, encoder, activation, scale_SF, mask_N, refuse_above)
     if picks is None:
         return DenseCode(activation.dense(encoder.pre_activations(x_ND), scale_SF, mask_N, n_sites), n_sites)
     values_E = _Attach.apply(
@@ -190,16 +193,20 @@ def _select(
     activation: ActivationFunction,
     scale_SF: Tensor | None,
     mask_N: Tensor | None,
-    may_refuse: bool,
+    density_scale: float | None,
 ) -> _Picks | None:
-    """Look at all blocks and keep what the activation function picks; None if the first block is too dense to go on."""
+    """Look at all blocks and keep what the activation function picks.
+
+    None if the first block is too dense to go on (with a `density_scale`; without one, it always goes on).
+    """
     n_sites = encoder.n_sites
     activation.begin(activation.mask_rows(mask_N, n_sites), len(x_ND) * activation.rows_per_token(n_sites))
     while True:
         found: list[_Found] = []
         for tokens, block in _blocks(x_ND, encoder, scale_SF):
             found.append(_look(block, activation, tokens))
-            if may_refuse and tokens.start == 0 and not sparse_pays(found[0].s_E.numel(), block.s_BSF.numel()):
+            places = None if density_scale is None else block.s_BSF.numel() * density_scale
+            if tokens.start == 0 and places is not None and not sparse_pays(found[0].s_E.numel(), places):
                 return None
         try:
             return _assemble(found, activation, encoder)

@@ -18,8 +18,8 @@ class Weights(Metric):
     def report(self) -> dict[str, float]:
         d = self.dictionary
         log_theta = d.activation_function.log_threshold
-        norms = {
-            "metrics/encoder_norm": d.encoder_norm().mean(),
+        norms = {"metrics/encoder_norm": d.encoder_norm().mean()} if d.has_encoder_norm else {}
+        norms |= {
             "metrics/decoder_norm": d.decoder_norm().mean(),
             "metrics/decoder_bias_norm": d.decoder_bias_norm(),
         }

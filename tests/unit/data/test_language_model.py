@@ -9,8 +9,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lm_saes.data.huggingface import HuggingFaceLanguageModel, automatic_dtype
+from lm_saes.data.huggingface import HuggingFaceLanguageModel
 from lm_saes.data.language_model import LanguageModelConfig, load_language_model
+from lm_saes.data.loading import automatic_dtype
 from lm_saes.errors import ConfigError, DataError
 
 TEXTS = ["the cat sat on the mat", "a dog: naïve, 日本 and 🙂", "the dog saw\nthe cat"]
@@ -332,8 +333,6 @@ def test_what_cannot_be_loaded_is_one_line(directory: Path, tmp_path: Path) -> N
         load_language_model(config_for(tmp_path))
     with pytest.raises(ConfigError, match=r"check the directory and gguf_file"):
         load_language_model(config_for(directory, gguf_file="none.gguf"))
-    with pytest.raises(ConfigError, match=r"backend='transformer_lens' is not available yet"):
-        load_language_model(config_for(directory, backend="transformer_lens"))
     with pytest.raises(ConfigError, match=r"device='tpu9' is not available here"):
         load_language_model(config_for(directory, device="tpu9"))
     with pytest.raises(ConfigError, match=r"use_flash_attn=True needs a CUDA device"):

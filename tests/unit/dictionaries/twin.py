@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.dictionaries.sae import SAEConfig, SparseAutoEncoder
 
 IN, OUT = "blocks.1.hook_in", "blocks.1.hook_out"
@@ -41,7 +42,7 @@ def random_sae(cfg: SAEConfig, seed: int = 0) -> SparseAutoEncoder:
 
 
 def random_batch(
-    cfg: SAEConfig, shape: tuple[int, ...] = (9,), masked: bool = False, seed: int = 1, scale: float = 1.0
+    cfg: BaseSAEConfig, shape: tuple[int, ...] = (9,), masked: bool = False, seed: int = 1, scale: float = 1.0
 ) -> dict[str, Any]:
     """Activations of every hook point of `cfg`, a quarter of the tokens masked if asked for."""
     draw = torch.Generator().manual_seed(seed)
@@ -153,7 +154,7 @@ class Twin:
         return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(self.p.items(), found, strict=True)}
 
 
-def gradients(sae: SparseAutoEncoder, loss: Tensor) -> dict[str, Tensor]:
+def gradients(sae: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """The same of a dictionary."""
     found = torch.autograd.grad(loss, list(sae.parameters()), allow_unused=True)
     named = zip(sae.named_parameters(), found, strict=True)

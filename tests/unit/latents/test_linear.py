@@ -108,8 +108,9 @@ def test_gradients_of_a_fixed_selection(monkeypatch: pytest.MonkeyPatch, glu: bo
         assert problem.gate_W_DF is not None and problem.gate_b_F is not None
         parts += [problem.gate_W_DF, problem.gate_b_F]
 
-    def values(x_ND: Tensor, *weights: Tensor) -> Tensor:
-        return encode(x_ND, LinearEncoder(*weights), relu, None, None, dense=False).values
+    def values(x_ND: Tensor, W_DF: Tensor, b_F: Tensor, *gate: Tensor) -> Tensor:
+        gate_W_DF, gate_b_F = gate if glu else (None, None)
+        return encode(x_ND, LinearEncoder(W_DF, b_F, gate_W_DF, gate_b_F), relu, None, None, dense=False).values
 
     assert values(*parts)[turned_down].eq(0).all()
     assert torch.autograd.gradcheck(values, parts)

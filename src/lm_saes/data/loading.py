@@ -1,0 +1,127 @@
+"""Models and tokenizers of the `transformers` library, loaded as `LanguageModelConfig` says, or refused in one line."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lm_saes.data.language_model import LanguageModelConfig
+from lm_saes.errors import ConfigError
+
+
+def automatic_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where `device` has instructions for it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        can = torch.cpu.get_capabilities()
+        return torch.bfloat16 if can.get("amx_bf16") or can.get("avx512_bf16") else torch.float32
+    return torch.float32
+
+
+def available_device(cfg: LanguageModelConfig) -> torch.device:
+    """The device that `cfg` names, or a `ConfigError` if this machine lacks it."""
+    try:
+        device = torch.device(cfg.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={cfg.device!r} is not available here ({one_line(error)}); use 'cpu'") from error
+    if cfg.use_flash_attn and device.type != "cuda":
+        raise ConfigError(f"use_flash_attn=True needs a CUDA device, not device={cfg.device!r}; set it to False")
+    return device
+
+
+def load_tokenizer(cfg: LanguageModelConfig) -> Any:
+    """The model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, "tokenizer", cfg)
+
+
+def load_model(cfg: LanguageModelConfig, dtype: torch.dtype) -> Any:
+    """The model, complete, for inference only."""
+    from transformers import AutoModelForCausalLM
+
+    quantization_config = None
+    if cfg.gguf_file is not None:
+        from transformers import GgufConfig
+
+        quantization_config = GgufConfig(dequantize=True)
+    model, report = _from_pretrained(
+        AutoModelForCausalLM,
+        "model",
+        cfg,
+        dtype=dtype,
+        attn_implementation="flash_attention_2" if cfg.use_flash_attn else None,
+        quantization_config=quantization_config,
+        output_loading_info=True,
+    )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ConfigError(
+            f"model_name={_source(cfg)!r}: {len(missing)} weights are missing from the files, first {missing[0]!r}; "
+            "give a complete causal language model"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _from_pretrained(auto_class: Any, what: str, cfg: LanguageModelConfig, **options: Any) -> Any:
+    source = _source(cfg)
+    try:
+        return auto_class.from_pretrained(
+            source,
+            cache_dir=cfg.cache_dir,
+            local_files_only=cfg.local_files_only,
+            trust_remote_code=False,
+            gguf_file=cfg.gguf_file,
+            **options,
+        )
+    except Exception as error:
+        remedy = (
+            "check the name or directory, and that the hub can be reached or local_files_only finds it in cache_dir"
+        )
+        if cfg.gguf_file is not None:
+            remedy = "check the directory and gguf_file, and that the packages gguf and accelerate are installed"
+        elif cfg.use_flash_attn:
+            remedy = "check the name, install flash-attn and use dtype='bfloat16', or set use_flash_attn=False"
+        raise ConfigError(
+            f"model_name={source!r}: the {what} cannot be loaded ({one_line(error)}); {remedy}"
+        ) from error
+
+
+def weights_identity(cfg: LanguageModelConfig, model: Any) -> dict[str, str]:
+    """Where the weights of the loaded `model` came from, and the sha256 of their files or the hub's commit."""
+    source = _source(cfg)
+    if cfg.gguf_file is not None:
+        from transformers.utils.hub import cached_file
+
+        file = cached_file(source, cfg.gguf_file, cache_dir=cfg.cache_dir, local_files_only=cfg.local_files_only)
+        return {"path": source, "gguf_file": cfg.gguf_file, "sha256": _sha256([Path(str(file))])}
+    if Path(source).is_dir():
+        weights = sorted(file for ending in ("*.safetensors", "*.bin") for file in Path(source).glob(ending))
+        return {"path": source, "sha256": _sha256(weights)}
+    return {"path": source, "revision": str(model.config._commit_hash)}
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+
+
+def _source(cfg: LanguageModelConfig) -> str:
+    return cfg.model_from_pretrained_path or cfg.model_name
+
+
+def _sha256(files: Iterable[Path]) -> str:
+    """Digest of the files' bytes, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,272 @@
+"""The mixture of linear transforms: each latent switches on a low-rank linear map of the input (Anthropic, 2025).
+
+    h = x W_E + b_E
+    f = h where selected, else 0
+    y_hat = sum_i f_i U_i (V_i x) + b_D
+
+Letters: N tokens, D width, F latents, n transforms of one rank r. Latents are ordered by ascending rank. `W_E` has
+shape `[D, F]` and `U` of a rank `[n, D, r]`, but they are stored latent-major and rank-major, so that what a transform
+needs lies together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, ValidationInfo, model_validator
+from torch import Tensor, nn
+
+from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
+from lm_saes.dictionaries.config import BaseSAEConfig
+from lm_saes.dictionaries.normalization import geometric_median
+from lm_saes.dictionaries.record import Record
+from lm_saes.dictionaries.rows import flat_mask, hook_rows, valid_rows
+from lm_saes.errors import ConfigError
+from lm_saes.latents.codes import Code, DenseCode
+from lm_saes.latents.linear import LinearEncoder, encode
+from lm_saes.latents.transforms import DENSITY_SCALE, Transforms, active_code
+from lm_saes.losses.dead_latents import strongest
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class MOLTConfig(BaseSAEConfig):
+    """A mixture of linear transforms, which reads one hook point and writes another (or the same)."""
+
+    sae_type: Literal["molt"] = "molt"  # type: ignore[assignment]
+    """Kind of dictionary."""
+    hook_point_in: str = Field(min_length=1)
+    """Hook point that is read."""
+    hook_point_out: str = Field(min_length=1)
+    """Hook point that is reconstructed."""
+    rank_counts: dict[Positive, Positive] = Field(min_length=1)
+    """How many transforms there are of each rank; `d_sae` is their sum."""
+    expansion_factor: float | None = Field(default=None, gt=0)  # type: ignore[assignment]
+    """Not needed; if given, `int(d_model * expansion_factor)` must be the number of transforms."""
+
+    @model_validator(mode="after")
+    def _check_expansion_factor(self, info: ValidationInfo) -> MOLTConfig:
+        factor = self.expansion_factor
+        if factor is not None and abs(self.d_model * factor - self.d_sae) >= 1:
+            raise ValueError(
+                f"expansion_factor={factor}: gives {int(self.d_model * factor)} latents at d_model={self.d_model}, but "
+                f"rank_counts has {self.d_sae} transforms; remove it"
+            )
+        return self
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents, which are transforms."""
+        return sum(self.rank_counts.values())
+
+    @property
+    def ranks(self) -> dict[int, int]:
+        """`rank_counts` in the order of latents: by ascending rank."""
+        return dict(sorted(self.rank_counts.items()))
+
+    @property
+    def hook_points_read(self) -> list[str]:
+        return [self.hook_point_in]
+
+    @property
+    def hook_points_written(self) -> list[str]:
+        return [self.hook_point_out]
+
+
+class MixtureOfLinearTransform(AbstractSparseAutoEncoder):
+    """A mixture of linear transforms."""
+
+    config_class = MOLTConfig
+    ties_encoder = False
+    cfg: MOLTConfig  # type: ignore[assignment]
+
+    def __init__(self, cfg: MOLTConfig) -> None:
+        super().__init__(cfg)
+        d_model, d_sae = cfg.d_model, cfg.d_sae
+        self.W_E = nn.Parameter(torch.zeros(d_sae, d_model, dtype=cfg.dtype).T)
+        self.b_E = nn.Parameter(torch.zeros(d_sae, dtype=cfg.dtype))
+        self.U_matrices, self.V_matrices = nn.ParameterDict(), nn.ParameterDict()
+        for rank, n in cfg.ranks.items():
+            self.U_matrices[str(rank)] = nn.Parameter(torch.zeros(n, rank, d_model, dtype=cfg.dtype).mT)
+            self.V_matrices[str(rank)] = nn.Parameter(torch.zeros(n, rank, d_model, dtype=cfg.dtype))
+        self.b_D = nn.Parameter(torch.zeros(d_model, dtype=cfg.dtype)) if cfg.use_decoder_bias else None
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    @property
+    def encoder(self) -> LinearEncoder:
+        """The encoder's weights."""
+        return LinearEncoder(self.W_E, self.b_E)
+
+    @property
+    def transforms(self) -> Transforms:
+        """All transforms, in the order of latents."""
+        return Transforms([(self.U_matrices[str(rank)], self.V_matrices[str(rank)]) for rank in self.cfg.ranks])
+
+    def prepare_input(self, batch: Mapping[str, Any]) -> Tensor:
+        return hook_rows(batch, self.cfg.hook_point_in, self.cfg.d_model)
+
+    def prepare_label(self, batch: Mapping[str, Any]) -> Tensor:
+        return hook_rows(batch, self.cfg.hook_point_out, self.cfg.d_model)
+
+    def encode_sparse(self, x: Tensor, mask: Tensor | None = None) -> Code:
+        return self._encode_rows(x.reshape(-1, x.shape[-1]), flat_mask(mask), self.decoder_norm())
+
+    def _encode_rows(self, x_ND: Tensor, mask_N: Tensor | None, norm_F: Tensor) -> Code:
+        x_ND, scale_F = self.axis.enter(x_ND), self.selection_scale(norm_F)
+        return encode(x_ND, self.encoder, self.activation_function, scale_F, mask_N, density_scale=DENSITY_SCALE)
+
+    def hidden_pre(self, x: Tensor) -> Tensor:
+        return self.encoder.pre_activations(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+    def _decode_code(self, code: Code, x_ND: Tensor) -> Tensor:
+        y_ND = self.axis.leave(self.transforms.mix(code, self.axis.enter(x_ND)))
+        return y_ND if self.b_D is None else y_ND + self.b_D
+
+    def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
+        """The (normalised) reconstruction of dense latents `[..., F]`, which transform the (normalised) input `x`."""
+        if x is None:
+            raise ConfigError("decode: the latents of a mixture of linear transforms act on its input; give x")
+        f_NF = feature_acts.reshape(-1, self.cfg.d_sae)
+        code = DenseCode(f_NF) if f_NF.requires_grad else active_code(f_NF)
+        return self._decode_code(code, x.reshape(-1, self.cfg.d_model)).view(x.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._decode_code(self.encode_sparse(x), x.reshape(-1, self.cfg.d_model)).view(x.shape)
+
+    def make_record(self, batch: Mapping[str, Any]) -> Record:
+        x_ND = self.prepare_input(batch).reshape(-1, self.cfg.d_model)
+        y_ND = self.prepare_label(batch).reshape(-1, self.cfg.d_model)
+        mask_N, norm_F = flat_mask(batch.get("mask")), self.decoder_norm()
+        code = self._encode_rows(x_ND, mask_N, norm_F)
+        n_tokens = (torch.tensor(len(x_ND), device=x_ND.device) if mask_N is None else mask_N.sum()).to(torch.float32)
+        return Record(x_ND[None], y_ND[None], code, self._decode_code(code, x_ND)[None], mask_N, n_tokens, norm_F[None])
+
+    def denormalize_activations(self, batch: Mapping[str, Any], reconstruction: Tensor) -> Tensor:
+        return self.denormalize_sites(batch, reconstruction[None], [self.cfg.hook_point_out])[0]
+
+    def reconstruct(self, batch: Mapping[str, Any]) -> Tensor:
+        x = self.prepare_input(self.normalize_activations(batch))
+        y_ND = self._decode_code(self.encode_sparse(x, batch.get("mask")), x.reshape(-1, self.cfg.d_model))
+        return self.denormalize_activations(batch, y_ND.view(x.shape))
+
+    # -- losses ----------------------------------------------------------------------------------------------------
+
+    def pre_activation_loss(self, record: Record) -> Tensor:
+        """Gated `sum_i relu(theta_i - h_i norm_i)`, else `sum_i relu(theta_i - h_i) norm_i`; mean over tokens."""
+        theta_F, norm_F = self.theta("lp_coefficient"), record.norm[0]
+        h_NF = self.encoder.pre_activations(record.input[0])
+        gated = self.cfg.sparsity_include_decoder_norm
+        short_NF = torch.relu(theta_F - h_NF * norm_F) if gated else torch.relu(theta_F - h_NF) * norm_F
+        return record.token_mean(self.axis.leave(short_NF.sum(1)))
+
+    def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:
+        """As for an autoencoder: what the dead transforms make of the input is to explain the error."""
+        x_ND, scale_F = record.input[0], self.selection_scale(record.norm[0])
+        h_NX = self.encoder.rows(dead).pre_activations(x_ND)
+        f_NX = strongest(h_NX, None if scale_F is None else scale_F[dead], k_aux)
+        error_ND = (record.label[0] - record.reconstruction[0]).detach()
+        difference = error_ND - self.transforms.select(dead).mix(active_code(f_NX), x_ND)
+        return record.token_mean(torch.linalg.vecdot(difference, difference))
+
+    # -- norms, folding --------------------------------------------------------------------------------------------
+
+    def encoder_norm(self, keepdim: bool = False) -> Tensor:
+        return torch.linalg.vector_norm(self.W_E, dim=0, keepdim=keepdim)
+
+    def decoder_norm(self, keepdim: bool = False) -> Tensor:
+        """`||U_i V_i||_F` of each transform, `[F]`; differentiable."""
+        norm_F = self.transforms.norms()
+        return norm_F[:, None] if keepdim else norm_F
+
+    def decoder_bias_norm(self) -> Tensor:
+        return self.W_E.new_zeros(()) if self.b_D is None else torch.linalg.vector_norm(self.b_D)
+
+    @torch.no_grad()
+    def _scale_transforms(self, factor_F: Tensor) -> None:
+        """Multiply each `U_i V_i` by a positive factor, shared evenly between `U_i` and `V_i`."""
+        roots = factor_F.sqrt().split(list(self.cfg.ranks.values()))
+        for (U_nDr, V_nrD), root_n in zip(self.transforms.groups, roots, strict=True):
+            U_nDr.mul_(root_n[:, None, None])
+            V_nrD.mul_(root_n[:, None, None])
+
+    @torch.no_grad()
+    def set_decoder_to_fixed_norm(self, value: float, force_exact: bool) -> None:
+        norm_F = self.decoder_norm()
+        factor_F = torch.where(norm_F > 0, value / norm_F, 1.0)
+        self._scale_transforms(factor_F if force_exact else factor_F.clamp(max=1))
+
+    @torch.no_grad()
+    def set_encoder_to_fixed_norm(self, value: float) -> None:
+        norm_F = self.encoder_norm()
+        self.W_E.mul_(torch.where(norm_F > 0, value / norm_F, 1.0))
+
+    @torch.no_grad()
+    def transform_to_unit_decoder_norm(self) -> None:
+        """Bring each transform to norm 1 and scale its encoder by the old norm: the same function.
+
+        Raises:
+            NotImplementedError: ungated top-k selection, where it would change which latents are selected.
+        """
+        norm_F = self.unit_norm_factors()
+        self._scale_transforms(1 / norm_F)
+        self.W_E.mul_(norm_F)
+        self.b_E.mul_(norm_F)
+
+    @torch.no_grad()
+    def standardize_parameters_of_dataset_norm(self) -> None:
+        """Fold the dataset-wise factors: raw activations in give raw reconstructions out, the same latents selected.
+
+        The input is scaled twice, where latents read it and where transforms do; so the transforms are multiplied by
+        the input's factor over the output's. Their norms stay in proportion, and thresholds follow.
+
+        Raises:
+            NotImplementedError: token-wise or batch-wise scales, which depend on the activations.
+            ConfigError: no average norms are known.
+        """
+        if not self.is_foldable():
+            return
+        factor_in = self.compute_norm_factor(self.W_E, self.cfg.hook_point_in)
+        factor_out = self.compute_norm_factor(self.W_E, self.cfg.hook_point_out)
+        self.W_E.mul_(factor_in)
+        self._scale_transforms((factor_in / factor_out).expand(self.cfg.d_sae))
+        if self.b_D is not None:
+            self.b_D.div_(factor_out)
+        if self.cfg.sparsity_include_decoder_norm:
+            self.activation_function.rescale(factor_in / factor_out)
+        self.cfg = self.cfg.model_copy(update={"norm_activation": "inference"})
+
+    # -- initialisation --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def init_parameters(self, *, encoder_uniform_bound: float, decoder_uniform_bound: float,
+                        init_log_jumprelu_threshold_value: float | None = None) -> None:  # fmt: skip
+        """`W_E`, `U` and `V` uniform within +-1/sqrt(F) (the bounds are not read); biases 0, thresholds as given."""
+        bound = self.cfg.d_sae**-0.5
+        self.W_E.T.uniform_(-bound, bound)
+        for U_nDr, V_nrD in self.transforms.groups:
+            U_nDr.mT.uniform_(-bound, bound)
+            V_nrD.uniform_(-bound, bound)
+        self.b_E.zero_()
+        if self.b_D is not None:
+            self.b_D.zero_()
+        self.init_thresholds(init_log_jumprelu_threshold_value)
+
+    @torch.no_grad()
+    def init_decoder_bias_with_geometric_median(self, batch: Mapping[str, Any]) -> None:
+        """`b_D =` the geometric median of the valid (normalised) labels."""
+        if self.b_D is None:
+            raise ConfigError("bias_init_method: use_decoder_bias is off; there is no bias to set")
+        self.b_D.copy_(geometric_median(valid_rows(self.prepare_label(batch), batch)))
+
+    @torch.no_grad()
+    def init_encoder_bias_with_mean_hidden_pre(self, batch: Mapping[str, Any]) -> None:
+        """`b_E = -` the mean over valid tokens of `x W_E` (`batch` is normalised)."""
+        self.b_E.copy_(-valid_rows(self.prepare_input(batch), batch).mean(0) @ self.W_E)
+
+    def dim_maps(self) -> dict[str, dict[str, int]]:
+        """Every rank's transforms are cut along the model axis."""
+        maps = {"W_E": {"model": 1}, "b_D": dict[str, int]()}
+        return {name: maps.get(name, {"model": 0}) for name, _ in self.named_parameters()}

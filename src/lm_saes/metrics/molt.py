@@ -1,0 +1,43 @@
+"""How a mixture of linear transforms spends its ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lm_saes.dictionaries.molt import MixtureOfLinearTransform
+from lm_saes.dictionaries.record import Record
+from lm_saes.metrics.base import Metric
+
+if TYPE_CHECKING:
+    from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
+
+
+class RanksInUse(Metric):
+    """Of each rank r, `l0_rank{r}`: active transforms per valid token; `l0_rank{r}_ratio`: their share of all of that
+    rank. `total_rank_sum`: ranks of a token's active transforms, added up."""
+
+    dictionary: MixtureOfLinearTransform
+
+    @classmethod
+    def applies(cls, dictionary: AbstractSparseAutoEncoder) -> bool:
+        return isinstance(dictionary, MixtureOfLinearTransform)
+
+    @torch.no_grad()
+    def observe(self, record: Record, terms: Mapping[str, Tensor]) -> None:
+        self.add("tokens", record.n_tokens)
+        for rank, counts in zip(self._ranks, record.counts.split(list(self._ranks.values())), strict=True):
+            self.add(f"rank{rank}", counts.sum(dtype=torch.float64))
+
+    def report(self) -> dict[str, float]:
+        l0 = {rank: float(self.totals[f"rank{rank}"] / self.totals["tokens"]) for rank in self._ranks}
+        values = {f"molt_metrics/l0_rank{rank}": active for rank, active in l0.items()}
+        values |= {f"molt_metrics/l0_rank{rank}_ratio": active / self._ranks[rank] for rank, active in l0.items()}
+        return values | {"molt_metrics/total_rank_sum": sum(rank * active for rank, active in l0.items())}
+
+    @property
+    def _ranks(self) -> dict[int, int]:
+        return self.dictionary.cfg.ranks
