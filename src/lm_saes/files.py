@@ -34,7 +34,7 @@ def drafted(path: str | Path) -> Iterator[Path]:
     except BaseException:
         remove(draft)
         raise
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -61,11 +61,12 @@ def flush(path: Path) -> None:
     """Flush a file, or every file and folder of a directory, to disk."""
     if path.is_dir():
         for child in path.rglob("*"):
-            _fsync(child)
-    _fsync(path)
+            fsync(child)
+    fsync(path)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Flush a file, or a folder's own list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import create_model
 
 from lm_saes.config import build
 from lm_saes.data.factory import ActivationFactory, ActivationFactoryDatasetSource
@@ -201,12 +202,10 @@ def evaluate_sae(settings: EvaluateSAESettings) -> dict[str, float]:
 
 
 def train_settings_class(sae_type: Any) -> type[TrainSettings]:
-    """The settings of a training run for a kind of dictionary."""
-    BaseSAEConfig.kind(sae_type)
+    """The settings of a training run for a kind of dictionary; made on the spot for a kind that brings none."""
+    config = BaseSAEConfig.kind(sae_type)
     if sae_type not in TrainSettings.kinds:
-        raise ConfigError(
-            f"sae.sae_type={sae_type!r}: has no training run; use one of {', '.join(TrainSettings.kinds)}"
-        )
+        create_model("TrainSettings", __base__=TrainSettings, sae=(config, ...))  # registers itself
     return TrainSettings.kinds[sae_type]
 
 

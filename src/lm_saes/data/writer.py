@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +22,7 @@ from lm_saes.data.cache import FORMAT_VERSION, INDEX, ActivationCache, CacheInde
 from lm_saes.data.differences import first_difference
 from lm_saes.data.stream import ActivationStream
 from lm_saes.errors import ConfigError, DataError
+from lm_saes.files import flush, fsync
 
 _LOG = logging.getLogger(__name__)
 _SHARD_BYTES = 128 * 2**20
@@ -77,10 +77,10 @@ class ActivationWriter:
                 draft.mkdir(parents=True)
             index = self._write(stream, draft, settings, progress)
             with _reporting(path):
-                _write_flushed(draft / INDEX, json.dumps(index.to_json(), indent=1).encode())
-                _flush(draft)
+                (draft / INDEX).write_text(json.dumps(index.to_json(), indent=1), encoding="utf-8")
+                flush(draft)
                 draft.rename(path)
-                _flush(path.parent)
+                fsync(path.parent)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         return path
@@ -213,7 +213,7 @@ class _Shards:
         name = f"shard-{len(self._written):05d}.safetensors"
         content = save(tensors)
         with _reporting(self._cfg.cache_dir):
-            _write_flushed(self._directory / name, content)
+            (self._directory / name).write_bytes(content)
         digest = hashlib.sha256(content).hexdigest()
         entry = CacheShard(file=name, n_rows=self._filled, n_tokens=n_tokens, n_bytes=len(content), sha256=digest)
         self._written.append(entry)
@@ -239,18 +239,3 @@ def _reporting(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(f"cache_dir={str(path)!r}: cannot be written ({error})") from error
-
-
-def _write_flushed(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
