@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.errors import CheckpointError
-from lm_saes.files import drafted
+from lm_saes.files import drafted, share_as_usual
 
 WEIGHTS = "sae_weights.safetensors"
 _NORM_KEY = "dataset_average_activation_norm."
@@ -65,6 +65,7 @@ def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[st
     """Write tensors to one safetensors file, whole or not at all."""
     with drafted(path) as draft:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, draft, metadata)
+        share_as_usual(draft)
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
+from lm_saes.dictionaries.files import save_tensors
 from lm_saes.dictionaries.sae import SparseAutoEncoder
 from lm_saes.errors import CheckpointError, ConfigError
 
@@ -197,3 +198,9 @@ def test_a_pt_file_of_something_else_is_refused(tmp_path: Path) -> None:
         torch.save(content, tmp_path / "sae_weights.pt")
         with pytest.raises(CheckpointError, match="does not hold named tensors"):
             SparseAutoEncoder.from_pretrained(tmp_path)
+
+
+def test_weights_can_be_read_by_whom_other_new_files_can(tmp_path: Path) -> None:
+    save_tensors({"a": torch.zeros(2)}, tmp_path / "weights.safetensors")
+    (tmp_path / "plain").write_text("x")
+    assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
