@@ -94,9 +94,9 @@ class AbstractSparseAutoEncoder(Selecting, Normalizing, Stored, ABC):
     def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:
         """AuxK over the latents numbered in `dead`, without its coefficient."""
 
-    @abstractmethod
     def denormalize_activations(self, batch: Mapping[str, Any], reconstruction: Tensor) -> Tensor:
         """Bring a reconstruction of the (raw) `batch` back to the raw scale."""
+        return self.denormalize_sites(batch, reconstruction[None], self.cfg.hook_points_written)[0]
 
     @abstractmethod
     def standardize_parameters_of_dataset_norm(self) -> None:

@@ -150,12 +150,7 @@ class CrossLayerTranscoder(SitedDictionary):
 
     def pre_activation_loss(self, record: Record) -> Tensor:
         """As the autoencoder's, by each layer's thresholds and norms; mean over tokens and layers."""
-        theta_LF, norm_LF = self.theta("lp_coefficient"), record.norm
-        h_NLF = self.hidden_pre(record.input)
-        if self.cfg.sparsity_include_decoder_norm:
-            short_NLF = torch.relu(theta_LF - h_NLF * norm_LF)
-        else:
-            short_NLF = torch.relu(theta_LF - h_NLF) * norm_LF
+        short_NLF = self.shortfall(self.hidden_pre(record.input), record.norm)
         return record.token_mean(self.axis.leave(short_NLF.sum(2)).T)
 
     def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:

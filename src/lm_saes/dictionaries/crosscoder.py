@@ -106,12 +106,7 @@ class CrossCoder(SitedDictionary):
 
     def pre_activation_loss(self, record: Record) -> Tensor:
         """As the autoencoder's, by each head's norms; mean over tokens and heads."""
-        theta_F = self.theta("lp_coefficient")
-        h_NF = self.hidden_pre(record.input)
-        if self.cfg.sparsity_include_decoder_norm:
-            short_HNF = torch.relu(theta_F - h_NF * record.norm[:, None])
-        else:
-            short_HNF = torch.relu(theta_F - h_NF) * record.norm[:, None]
+        short_HNF = self.shortfall(self.hidden_pre(record.input), record.norm[:, None])
         return record.token_mean(self.axis.leave(short_HNF.sum(2)))
 
     def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:

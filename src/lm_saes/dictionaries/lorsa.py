@@ -121,9 +121,6 @@ class LowRankSparseAttention(AbstractSparseAutoEncoder):
         return _Attended(x_BSD.flatten(0, 1)[None], y_BSD.flatten(0, 1)[None], code, self._decode_code(code)[None],
                          mask_N, n_tokens.to(torch.float32), norm_F[None], hidden_pre=h_NF)  # fmt: skip
 
-    def denormalize_activations(self, batch: Mapping[str, Any], reconstruction: Tensor) -> Tensor:
-        return self.denormalize_sites(batch, reconstruction[None], [self.cfg.hook_point_out])[0]
-
     def reconstruct(self, batch: Mapping[str, Any]) -> Tensor:
         x = self.prepare_input(self.normalize_activations(batch))
         y_ND = self._decode_code(self.encode_sparse(x, batch.get("mask")))
@@ -133,9 +130,7 @@ class LowRankSparseAttention(AbstractSparseAutoEncoder):
 
     def pre_activation_loss(self, record: Record) -> Tensor:
         """Gated `sum_i relu(theta_i - h_i norm_i)`, else `sum_i relu(theta_i - h_i) norm_i`; mean over tokens."""
-        theta_F, norm_F, h_NF = self.theta("lp_coefficient"), record.norm[0], _hidden(record)
-        gated = self.cfg.sparsity_include_decoder_norm
-        short_NF = torch.relu(theta_F - h_NF * norm_F) if gated else torch.relu(theta_F - h_NF) * norm_F
+        short_NF = self.shortfall(_hidden(record), record.norm[0])
         return record.token_mean(self.axis.leave(short_NF.sum(1)))
 
     def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:

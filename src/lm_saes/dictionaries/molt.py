@@ -144,9 +144,6 @@ class MixtureOfLinearTransform(AbstractSparseAutoEncoder):
         n_tokens = (torch.tensor(len(x_ND), device=x_ND.device) if mask_N is None else mask_N.sum()).to(torch.float32)
         return Record(x_ND[None], y_ND[None], code, self._decode_code(code, x_ND)[None], mask_N, n_tokens, norm_F[None])
 
-    def denormalize_activations(self, batch: Mapping[str, Any], reconstruction: Tensor) -> Tensor:
-        return self.denormalize_sites(batch, reconstruction[None], [self.cfg.hook_point_out])[0]
-
     def reconstruct(self, batch: Mapping[str, Any]) -> Tensor:
         x = self.prepare_input(self.normalize_activations(batch))
         y_ND = self._decode_code(self.encode_sparse(x, batch.get("mask")), x.reshape(-1, self.cfg.d_model))
@@ -156,10 +153,7 @@ class MixtureOfLinearTransform(AbstractSparseAutoEncoder):
 
     def pre_activation_loss(self, record: Record) -> Tensor:
         """Gated `sum_i relu(theta_i - h_i norm_i)`, else `sum_i relu(theta_i - h_i) norm_i`; mean over tokens."""
-        theta_F, norm_F = self.theta("lp_coefficient"), record.norm[0]
-        h_NF = self.encoder.pre_activations(record.input[0])
-        gated = self.cfg.sparsity_include_decoder_norm
-        short_NF = torch.relu(theta_F - h_NF * norm_F) if gated else torch.relu(theta_F - h_NF) * norm_F
+        short_NF = self.shortfall(self.encoder.pre_activations(record.input[0]), record.norm[0])
         return record.token_mean(self.axis.leave(short_NF.sum(1)))
 
     def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:

@@ -22,7 +22,7 @@ from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.dictionaries.normalization import geometric_median
 from lm_saes.dictionaries.record import Record
 from lm_saes.dictionaries.rows import active_directions, flat_mask, hook_rows, valid_rows
-from lm_saes.errors import ConfigError, DataError
+from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import Code
 from lm_saes.latents.linear import LinearEncoder, encode
 from lm_saes.losses.dead_latents import auxk
@@ -115,18 +115,6 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
         n_tokens = (torch.tensor(len(x_ND), device=x_ND.device) if mask_N is None else mask_N.sum()).to(torch.float32)
         return Record(x_ND[None], y_ND[None], code, self._decode_code(code)[None], mask_N, n_tokens, norm_F[None])
 
-    def denormalize_activations(self, batch: Mapping[str, Any], reconstruction: Tensor) -> Tensor:
-        if self.cfg.norm_activation == "inference":
-            return reconstruction
-        hook = self.cfg.hook_point_out
-        if hook not in batch and self.cfg.norm_activation != "dataset-wise":
-            raise DataError(
-                f"norm_activation={self.cfg.norm_activation!r}: the scale of {hook!r} comes from its own activations; "
-                "put them into the batch"
-            )
-        label = batch.get(hook, reconstruction).to(self.cfg.dtype)
-        return reconstruction / self.compute_norm_factor(label, hook, batch.get("mask"))
-
     def reconstruct(self, batch: Mapping[str, Any]) -> Tensor:
         x = self.prepare_input(self.normalize_activations(batch))
         y_ND = self._decode_code(self.encode_sparse(x, batch.get("mask")))
@@ -136,12 +124,7 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
 
     def pre_activation_loss(self, record: Record) -> Tensor:
         """Gated `sum_i relu(theta_i - h_i norm_i)`, else `sum_i relu(theta_i - h_i) norm_i`; mean over tokens."""
-        theta_F, norm_F = self.theta("lp_coefficient"), record.norm[0]
-        h_NF = self.encoder.pre_activations(record.input[0])
-        if self.cfg.sparsity_include_decoder_norm:
-            short_NF = torch.relu(theta_F - h_NF * norm_F)
-        else:
-            short_NF = torch.relu(theta_F - h_NF) * norm_F
+        short_NF = self.shortfall(self.encoder.pre_activations(record.input[0]), record.norm[0])
         return record.token_mean(self.axis.leave(short_NF.sum(1)))
 
     def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:

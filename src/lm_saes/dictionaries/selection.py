@@ -62,6 +62,16 @@ class Selecting(nn.Module):
             raise ConfigError(f"{setting}: needs learnt thresholds; use act_fn='jumprelu', not {self.cfg.act_fn!r}")
         return log_theta.exp().to(self.cfg.dtype)
 
+    def shortfall(self, h: Tensor, norm: Tensor) -> Tensor:
+        """How far each pre-activation stays below its threshold, as the pre-activation penalty weighs it.
+
+        Gated `relu(theta - h norm)`, else `relu(theta - h) norm`; shaped like `h` against `norm`.
+        """
+        theta = self.theta("lp_coefficient")
+        if self.cfg.sparsity_include_decoder_norm:
+            return torch.relu(theta - h * norm)
+        return torch.relu(theta - h) * norm
+
     @torch.no_grad()
     def init_thresholds(self, log_value: float | None) -> None:
         """Set learnt thresholds, if there are any, to their starting value."""
