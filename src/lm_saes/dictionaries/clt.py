@@ -26,6 +26,7 @@ from lm_saes.dictionaries.rows import active_directions, valid_rows
 from lm_saes.dictionaries.sites import SitedDictionary, side_by_side
 from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import Code
+from lm_saes.latents.dense import Hidden
 from lm_saes.latents.linear import LayeredEncoder, LinearEncoder
 from lm_saes.losses.dead_latents import strongest
 
@@ -88,7 +89,7 @@ class CrossLayerTranscoder(SitedDictionary):
     """A cross-layer transcoder. Inputs, labels and reconstructions are `[L, ..., D]`, latents `[..., L, F]`."""
 
     config_class = CLTConfig
-    ties_encoder = False
+    reads_uniform_bounds = False
     latent_dimensions = ("layers", "sae")
     cfg: CLTConfig
 
@@ -150,8 +151,9 @@ class CrossLayerTranscoder(SitedDictionary):
 
     def pre_activation_loss(self, record: Record) -> Tensor:
         """As the autoencoder's, by each layer's thresholds and norms; mean over tokens and layers."""
-        short_NLF = self.shortfall(self.hidden_pre(record.input), record.norm)
-        return record.token_mean(self.axis.leave(short_NLF.sum(2)).T)
+        layers = enumerate(zip(self.hidden_pre(record.input).unbind(-2), record.norm, strict=True))
+        short_L = [self.shortfall(Hidden.around(h_NF), norm_F, record.mask, layer) for layer, (h_NF, norm_F) in layers]
+        return record.row_mean_of_sum(self.axis.leave(torch.stack(short_L).sum()))
 
     def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:
         scale_LF = self.selection_scale(record.norm)

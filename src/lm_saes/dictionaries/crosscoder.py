@@ -24,6 +24,7 @@ from lm_saes.dictionaries.rows import active_directions, valid_rows
 from lm_saes.dictionaries.sites import SitedDictionary, side_by_side
 from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import Code
+from lm_saes.latents.dense import Hidden
 from lm_saes.latents.linear import LinearEncoder
 from lm_saes.losses.dead_latents import auxk
 
@@ -106,8 +107,9 @@ class CrossCoder(SitedDictionary):
 
     def pre_activation_loss(self, record: Record) -> Tensor:
         """As the autoencoder's, by each head's norms; mean over tokens and heads."""
-        short_HNF = self.shortfall(self.hidden_pre(record.input), record.norm[:, None])
-        return record.token_mean(self.axis.leave(short_HNF.sum(2)))
+        hidden = Hidden.around(self.hidden_pre(record.input))
+        short_H = [self.shortfall(hidden, norm_F, record.mask) for norm_F in record.norm]
+        return record.row_mean_of_sum(self.axis.leave(torch.stack(short_H).sum()))
 
     def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:
         scale_HF = self.selection_scale(record.norm)

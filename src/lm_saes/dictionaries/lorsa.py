@@ -28,6 +28,7 @@ from lm_saes.dictionaries.rows import active_directions, flat_mask, hook_rows, v
 from lm_saes.errors import ConfigError, DataError
 from lm_saes.latents.attention import HeadNorm, attend, contexts, pattern, project, refuse_left_padding
 from lm_saes.latents.codes import Code
+from lm_saes.latents.dense import Hidden
 from lm_saes.latents.dense_select import select
 from lm_saes.losses.dead_latents import auxk
 
@@ -53,7 +54,7 @@ class LowRankSparseAttention(AbstractSparseAutoEncoder):
     """
 
     config_class = LorsaConfig
-    ties_encoder = False
+    reads_uniform_bounds = False
     has_encoder_norm = False
     cfg: LorsaConfig
 
@@ -130,8 +131,8 @@ class LowRankSparseAttention(AbstractSparseAutoEncoder):
 
     def pre_activation_loss(self, record: Record) -> Tensor:
         """Gated `sum_i relu(theta_i - h_i norm_i)`, else `sum_i relu(theta_i - h_i) norm_i`; mean over tokens."""
-        short_NF = self.shortfall(_hidden(record), record.norm[0])
-        return record.token_mean(self.axis.leave(short_NF.sum(1)))
+        hidden = Hidden.around(_hidden(record))
+        return record.row_mean_of_sum(self.axis.leave(self.shortfall(hidden, record.norm[0], record.mask)))
 
     def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:
         scale_F, h_NX = self.selection_scale(record.norm[0]), _hidden(record).index_select(1, dead)

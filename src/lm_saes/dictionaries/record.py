@@ -52,6 +52,11 @@ class Record:
         """On how many valid rows each latent is active: `[F]`."""
         return self.code.counts(self.row_mask)
 
+    @cached_property
+    def totals(self) -> Tensor:
+        """Sum of each latent's values over the valid rows: `[F]`."""
+        return self.code.totals(self.row_mask)
+
     def token_mean(self, per_token: Tensor) -> Tensor:
         """Mean over valid tokens (and over sites, if `per_token` is `[G, N]`)."""
         per_token = accumulable(per_token)
@@ -64,7 +69,11 @@ class Record:
         per_row = accumulable(per_row)
         if self.row_mask is not None:
             per_row = per_row * self.row_mask
-        return per_row.sum() / (self.n_tokens * self.code_sites)
+        return self.row_mean_of_sum(per_row.sum())
+
+    def row_mean_of_sum(self, total: Tensor) -> Tensor:
+        """A sum over the valid rows of the code as their mean."""
+        return total / (self.n_tokens * self.code_sites)
 
 
 def accumulable(x: Tensor) -> Tensor:

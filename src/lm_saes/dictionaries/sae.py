@@ -24,6 +24,7 @@ from lm_saes.dictionaries.record import Record
 from lm_saes.dictionaries.rows import active_directions, flat_mask, hook_rows, valid_rows
 from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import Code
+from lm_saes.latents.dense import Hidden
 from lm_saes.latents.linear import LinearEncoder, encode
 from lm_saes.losses.dead_latents import auxk
 
@@ -124,8 +125,8 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
 
     def pre_activation_loss(self, record: Record) -> Tensor:
         """Gated `sum_i relu(theta_i - h_i norm_i)`, else `sum_i relu(theta_i - h_i) norm_i`; mean over tokens."""
-        short_NF = self.shortfall(self.encoder.pre_activations(record.input[0]), record.norm[0])
-        return record.token_mean(self.axis.leave(short_NF.sum(1)))
+        hidden = Hidden.of(record.code, record.input[0], self.encoder)
+        return record.row_mean_of_sum(self.axis.leave(self.shortfall(hidden, record.norm[0], record.mask)))
 
     def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:
         scale_F = self.selection_scale(record.norm[0])

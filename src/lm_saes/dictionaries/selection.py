@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.errors import ConfigError
 from lm_saes.latents.activations import ActivationFunction
+from lm_saes.latents.dense import Hidden
 
 
 class Selecting(nn.Module):
@@ -62,15 +63,16 @@ class Selecting(nn.Module):
             raise ConfigError(f"{setting}: needs learnt thresholds; use act_fn='jumprelu', not {self.cfg.act_fn!r}")
         return log_theta.exp().to(self.cfg.dtype)
 
-    def shortfall(self, h: Tensor, norm: Tensor) -> Tensor:
-        """How far each pre-activation stays below its threshold, as the pre-activation penalty weighs it.
+    def shortfall(self, hidden: Hidden, norm_F: Tensor, mask_N: Tensor | None, site: int = 0) -> Tensor:
+        """How far pre-activations stay below their thresholds, summed over latents and valid tokens (0-d).
 
-        Gated `relu(theta - h norm)`, else `relu(theta - h) norm`; shaped like `h` against `norm`.
+        Gated `relu(theta - h norm)`, else `relu(theta - h) norm`.
         """
         theta = self.theta("lp_coefficient")
+        theta_F = theta if theta.ndim == 1 else theta[site]
         if self.cfg.sparsity_include_decoder_norm:
-            return torch.relu(theta - h * norm)
-        return torch.relu(theta - h) * norm
+            return hidden.shortfall_sums(theta_F, norm_F, mask_N).sum()
+        return (hidden.shortfall_sums(theta_F, None, mask_N) * norm_F).sum()
 
     @torch.no_grad()
     def init_thresholds(self, log_value: float | None) -> None:

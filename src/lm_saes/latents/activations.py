@@ -38,11 +38,14 @@ class ActivationFunction(nn.Module, ABC):
     """Width of that window, in the units of `s`."""
     joins_sites: bool = False
     """Whether a row is a token with the latents of all its sites, rather than one (token, site)."""
+    judges_entries: ClassVar[bool] = False
+    """Whether an entry is active or not by itself, where `h` exceeds its latent's bound: a class that has `bounds`."""
     loose: bool = False
     """Whether `settle` turns down many candidates, so that they are worth dropping from the code."""
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
+        cls.judges_entries = "bounds" in vars(cls)
         if not inspect.isabstract(cls):
             ActivationFunction.registry[cls.name] = cls
 
@@ -61,6 +64,13 @@ class ActivationFunction(nn.Module, ABC):
             s_NF = scaled(h_RF, scale_SF).view(len(h_RF) // n_sites * per_token, -1)
             kept = self.keep(s_NF, self.mask_rows(mask, n_sites))
         return torch.where(kept.view_as(h_RF), h_RF, 0.0)
+
+    def bounds(self, like_F: Tensor, scale_F: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Where an activation function that `judges_entries` cuts the `h` of each latent (in the type of `like_F`).
+
+        Active is what exceeds the first bound; what lies strictly between the others moves the latent's threshold.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: compares entries with each other")
 
     def rows_per_token(self, n_sites: int) -> int:
         """How many of the rows that selection looks at belong to one token."""
@@ -114,6 +124,9 @@ class ReLU(ActivationFunction):
 
     def candidates(self, s_BF: Tensor, rows: slice) -> Tensor:
         return s_BF > 0
+
+    def bounds(self, like_F: Tensor, scale_F: Tensor | None) -> tuple[Tensor, None, None]:
+        return _in_units_of_h(torch.zeros_like(like_F), scale_F), None, None
 
 
 def top_columns(s_BF: Tensor, k: int, groups_of: int = 16) -> Tensor:
@@ -313,6 +326,19 @@ class JumpReLU(ActivationFunction):
     def candidates(self, s_BF: Tensor, rows: slice) -> Tensor:
         theta_F = self.theta.detach().to(s_BF.dtype)
         return s_BF > ((theta_F - self.window / 2).clamp(min=0) if self.training else theta_F)
+
+    @torch.no_grad()
+    def bounds(self, like_F: Tensor, scale_F: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        theta_F, half = self.theta.to(like_F.dtype), self.window / 2
+        above, low, high = (
+            _in_units_of_h(s_F, scale_F) for s_F in (theta_F, (theta_F - half).clamp(min=0), theta_F + half)
+        )
+        return above, low, high
+
+
+def _in_units_of_h(s_F: Tensor, scale_F: Tensor | None) -> Tensor:
+    """The `h` from which on `s = h scale` exceeds `s_F`; with a scale of 0 it never does."""
+    return s_F if scale_F is None else torch.where(scale_F > 0, s_F / scale_F, math.inf)
 
 
 class _DenseJumpReLU(torch.autograd.Function):

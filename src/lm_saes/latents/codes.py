@@ -23,6 +23,51 @@ from torch import Tensor
 from lm_saes.latents import kernels
 
 
+class EntryFunction(ABC):
+    """A function of one entry with `value(0) = 0` whose derivative follows from its value."""
+
+    @abstractmethod
+    def value(self, u: Tensor) -> Tensor:
+        """The function, differentiable."""
+
+    @abstractmethod
+    def value_(self, u: Tensor) -> Tensor:
+        """The function, in place."""
+
+    @abstractmethod
+    def slope_(self, value: Tensor) -> Tensor:
+        """The derivative where the function has this value, in place."""
+
+
+class Identity(EntryFunction):
+    """`u`."""
+
+    def value(self, u: Tensor) -> Tensor:
+        return u
+
+    def value_(self, u: Tensor) -> Tensor:
+        return u
+
+    def slope_(self, value: Tensor) -> Tensor:
+        return value.fill_(1)
+
+
+@dataclass(frozen=True)
+class Tanh(EntryFunction):
+    """`tanh(c u)`."""
+
+    c: float
+
+    def value(self, u: Tensor) -> Tensor:
+        return torch.tanh(self.c * u)
+
+    def value_(self, u: Tensor) -> Tensor:
+        return u.mul_(self.c).tanh_()
+
+    def slope_(self, value: Tensor) -> Tensor:
+        return value.square_().sub_(1).mul_(-self.c)
+
+
 class Code(ABC):
     """What losses and metrics may ask of a batch's latents, sparse or dense."""
 
@@ -69,8 +114,20 @@ class Code(ABC):
     @torch.no_grad()
     def counts(self, mask_N: Tensor | None = None) -> Tensor:
         """On how many rows (of those in the mask) each latent is active: `[F]`, or `[S, F]`."""
-        active = (self.values > 0).to(torch.float32)
-        return self.sum_latents(active if mask_N is None else active * self.of_row(mask_N.to(torch.float32)))
+        return self._valid_sums((self.values > 0).to(torch.float32), mask_N)
+
+    @torch.no_grad()
+    def totals(self, mask_N: Tensor | None = None) -> Tensor:
+        """Sum of each latent's values over the rows in the mask: `[F]`, or `[S, F]`."""
+        return self._valid_sums(self.values, mask_N)
+
+    def latent_sums(self, function: EntryFunction, v_F: Tensor, mask_N: Tensor | None) -> Tensor:
+        """`sum of function(v f)` over the rows in the mask: `[F]` (`[S, F]`); differentiable in the values and `v`."""
+        entries = function.value(self.values * self.at(v_F))
+        return self._valid_sums(entries.to(torch.promote_types(entries.dtype, torch.float32)), mask_N)
+
+    def _valid_sums(self, entries: Tensor, mask_N: Tensor | None) -> Tensor:
+        return self.sum_latents(entries if mask_N is None else entries * self.of_row(mask_N.to(entries.dtype)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +274,7 @@ class DenseCode(Code):
         return entries.sum(0) if self.n_sites == 1 else entries.view(-1, self.n_sites, self.n_latents).sum(0)
 
     def dense(self) -> Tensor:
-        return self.values
+        return self.values.view_as(self.values)
 
     def decode(self, W_FD: Tensor) -> Tensor:
         if W_FD.ndim == 2:

@@ -20,7 +20,9 @@ from torch import Tensor
 from lm_saes.latents import kernels
 from lm_saes.latents.activations import ActivationFunction, Missed, threshold_gradient
 from lm_saes.latents.codes import Code, DenseCode, Pattern, SparseCode
+from lm_saes.latents.dense import encode_dense
 from lm_saes.latents.density import sparse_pays
+from lm_saes.latents.products import product, product_dtype
 
 BLOCK_BYTES = 20 << 20
 """Size of one block of pre-activations: small enough for the cache, large enough for an efficient product."""
@@ -59,9 +61,14 @@ class LinearEncoder:
     def n_latents(self) -> int:
         return len(self.b_F)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is `x W + b` for a single site, in a type that sums can be made in."""
+        return self.gate_W_DF is None and self.n_sites == 1 and self.b_F.dtype.itemsize >= 4
+
     def product(self, x_BD: Tensor, out: Tensor) -> Tensor:
         """`x W` written to `out [B, 1, F]`."""
-        _product(x_BD, self.W_DF, out[:, 0])
+        product(x_BD, self.W_DF, out[:, 0])
         return out
 
     def gate(self, x_BD: Tensor, like: Tensor) -> Tensor | None:
@@ -69,7 +76,7 @@ class LinearEncoder:
         if self.gate_W_DF is None or self.gate_b_F is None:
             return None
         gate = torch.empty_like(like)
-        _product(x_BD, self.gate_W_DF, gate[:, 0])
+        product(x_BD, self.gate_W_DF, gate[:, 0])
         return gate.add_(self.gate_b_F).sigmoid_()
 
     def computing_in(self, dtype: torch.dtype) -> LinearEncoder:
@@ -114,7 +121,7 @@ class LayeredEncoder:
         for x_BD_l, W_DF, out_BF in zip(
             x_BD.view(len(x_BD), self.n_sites, -1).unbind(1), self.W_SDF, out.unbind(1), strict=True
         ):
-            _product(x_BD_l, W_DF, out_BF)
+            product(x_BD_l, W_DF, out_BF)
         return out
 
     def gate(self, x_BD: Tensor, like: Tensor) -> None:
@@ -178,6 +185,9 @@ def encode(
         dense = not sparse_pays(expected, n_latents * density_scale)
     refuse_above = density_scale if dense is None else None
     picks = None if dense else _select(x_ND, encoder, activation, scale_SF, mask_N, refuse_above)
+    if picks is None and isinstance(encoder, LinearEncoder) and encoder.is_plain and activation.judges_entries:
+        scale_F = None if scale_SF is None else scale_SF.view(-1)
+        return encode_dense(x_ND, encoder.W_DF, encoder.b_F, activation, scale_F, mask_N)
     if picks is None:
         return DenseCode(activation.dense(encoder.pre_activations(x_ND), scale_SF, mask_N, n_sites), n_sites)
     values_E = _Attach.apply(
@@ -229,7 +239,7 @@ class _Block:
 def _blocks(x_ND: Tensor, encoder: Encoder, scale_SF: Tensor | None) -> Iterator[tuple[slice, _Block]]:
     """Blocks of tokens, each overwritten by the next: `s = (x W + b) * gate * scale`."""
     n_sites, n_latents = encoder.n_sites, encoder.n_latents
-    encoder, x_ND = encoder.computing_in(_product_dtype(x_ND)), x_ND.to(_product_dtype(x_ND))
+    encoder, x_ND = encoder.computing_in(product_dtype(x_ND)), x_ND.to(product_dtype(x_ND))
     b = encoder.parameters()[1]
     size = min(len(x_ND), max(1, BLOCK_BYTES // (4 * n_sites * n_latents)))
     products = 1 if isinstance(encoder, LinearEncoder) else n_sites
@@ -238,30 +248,13 @@ def _blocks(x_ND: Tensor, encoder: Encoder, scale_SF: Tensor | None) -> Iterator
     for start in range(0, len(x_ND), size):
         tokens = slice(start, min(start + size, len(x_ND)))
         n = tokens.stop - start
-        product = encoder.product(x_ND[tokens], product_BSF[:n])
-        gate = encoder.gate(x_ND[tokens], product)
+        xW = encoder.product(x_ND[tokens], product_BSF[:n])
+        gate = encoder.gate(x_ND[tokens], xW)
         if scale_SF is None:
-            s = torch.add(product.expand_as(s_BSF[:n]), shift_SF, out=s_BSF[:n])
+            s = torch.add(xW.expand_as(s_BSF[:n]), shift_SF, out=s_BSF[:n])
         else:
-            s = torch.addcmul(shift_SF, product.expand_as(s_BSF[:n]), scale_SF, out=s_BSF[:n])
-        yield tokens, _Block(s if gate is None else s.mul_(gate), product, gate)
-
-
-def _product_dtype(x_ND: Tensor) -> torch.dtype:
-    kind = x_ND.device.type
-    return (
-        torch.get_autocast_dtype(kind)
-        if torch.is_autocast_enabled(kind) and x_ND.dtype == torch.float32
-        else x_ND.dtype
-    )
-
-
-def _product(x_BD: Tensor, W_DF: Tensor, out_BF: Tensor) -> Tensor:
-    """`x W` written to `out`; a product in half precision is brought to the type of `out`."""
-    if x_BD.dtype == out_BF.dtype:
-        with torch.autocast(x_BD.device.type, enabled=False):
-            return torch.mm(x_BD, W_DF, out=out_BF)
-    return out_BF.copy_(torch.mm(x_BD, W_DF))
+            s = torch.addcmul(shift_SF, xW.expand_as(s_BSF[:n]), scale_SF, out=s_BSF[:n])
+        yield tokens, _Block(s if gate is None else s.mul_(gate), xW, gate)
 
 
 @dataclass(frozen=True, eq=False)

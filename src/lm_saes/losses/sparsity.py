@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lm_saes.dictionaries.record import Record, accumulable
 from lm_saes.errors import ConfigError
+from lm_saes.latents.codes import EntryFunction, Identity, Tanh
 from lm_saes.losses.settings import LossSettings
 
 SparsityLoss = Callable[[Record, LossSettings], Tensor]
@@ -41,20 +42,22 @@ def find_sparsity_loss(name: str) -> SparsityLoss:
     return SPARSITY_LOSSES[name]
 
 
-def _weighed(record: Record) -> Tensor:
-    """`f norm` at each entry of the code."""
+def _latent_sums(record: Record, function: EntryFunction) -> Tensor:
+    """`function(f norm)` of each latent summed over valid tokens: `[F]`, or `[S, F]`."""
     norm = record.norm[0] if record.code_sites == 1 else record.norm
-    return accumulable(record.code.values * record.code.at(norm))
+    return record.code.latent_sums(function, norm, record.row_mask)
 
 
 @sparsity_loss("power")
 def power(record: Record, settings: LossSettings) -> Tensor:
     """Mean over tokens of `|| f norm ||_p`; where a norm has no derivative (at 0) its gradient is 0."""
-    weighed, p = _weighed(record), settings.p
+    p = settings.p
     if p <= 0:
         raise ConfigError(f"p={p}: the power of a norm must be positive; use 1 for the L1 norm")
     if p == 1:
-        return record.row_mean(record.code.sum_rows(weighed))
+        return record.row_mean_of_sum(_latent_sums(record, Identity()).sum())
+    norm = record.norm[0] if record.code_sites == 1 else record.norm
+    weighed = accumulable(record.code.values * record.code.at(norm))
     active = weighed > 0
     powers = torch.where(active, torch.where(active, weighed, 1.0) ** p, 0.0)
     sums = record.code.sum_rows(powers)
@@ -65,14 +68,11 @@ def power(record: Record, settings: LossSettings) -> Tensor:
 @sparsity_loss("tanh")
 def tanh(record: Record, settings: LossSettings) -> Tensor:
     """Mean over tokens of `sum_i tanh(c f_i norm_i)` (Anthropic, January 2025 update)."""
-    return record.row_mean(record.code.sum_rows(torch.tanh(settings.tanh_stretch_coefficient * _weighed(record))))
+    return record.row_mean_of_sum(_latent_sums(record, Tanh(settings.tanh_stretch_coefficient)).sum())
 
 
 @sparsity_loss("tanh-quad")
 def tanh_quad(record: Record, settings: LossSettings) -> Tensor:
     """`sum_i q_i (1 + q_i / s)` with `q_i` the mean over tokens of `tanh(c f_i norm_i)`: dense latents pay more."""
-    squashed = torch.tanh(settings.tanh_stretch_coefficient * _weighed(record))
-    if record.row_mask is not None:
-        squashed = squashed * record.code.of_row(record.row_mask.to(squashed.dtype))
-    q_F = record.code.sum_latents(squashed) / record.n_tokens
+    q_F = _latent_sums(record, Tanh(settings.tanh_stretch_coefficient)) / record.n_tokens
     return (q_F * (1 + q_F / settings.frequency_scale)).sum() / record.code_sites

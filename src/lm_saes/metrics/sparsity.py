@@ -19,14 +19,11 @@ class ActiveLatents(Metric):
 
     @torch.no_grad()
     def observe(self, record: Record, terms: Mapping[str, Tensor]) -> None:
-        values = record.code.values.detach()
-        if record.row_mask is not None:
-            values = values * record.code.of_row(record.row_mask.to(values.dtype))
         self.add("tokens", record.n_tokens)
         active = record.counts.sum(dtype=torch.float64)
         self.add("active", active)
         self.add("per_token", active / record.code_sites if self.dictionary.averages_sites else active)
-        self.add("value", values.sum(dtype=torch.float64))
+        self.add("value", record.totals.sum(dtype=torch.float64))
 
     def report(self) -> dict[str, float]:
         t = self.totals
