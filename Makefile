@@ -41,9 +41,11 @@ check: $(VENV)/.installed-dev ## lint, formatting, types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: $(VENV)/.installed-dev ## all tests but the long ones and the browser's
+	@$(BIN)/python -m lm_saes.demo --cache $(DEMO)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 test-long: $(VENV)/.installed-dev ## the tests that take minutes each
+	@$(BIN)/python -m lm_saes.demo --cache $(DEMO)
 	$(BIN)/python -m pytest -m long --timeout 3600 $(PYTEST_FLAGS)
 
 test-browser: $(VENV)/.installed-dev ## open a report in headless Chromium (needs chromium and chromedriver)

@@ -88,7 +88,7 @@ class BaseConfig(BaseModel):
             if info is not None and info.context and info.context.get("lenient"):
                 warnings.warn(f"{message}; remove it", stacklevel=2)
             else:
-                raise ValueError(f"{message}; remove it")
+                raise ConfigError(f"{message}; remove it")
 
     def warn_without_effect(self, fields: Iterable[str], reason: str) -> None:
         """Warn about fields that are kept only so that old configs still load."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationInfo, model_serializer, model_validator
 from torch import Tensor
 
 from lm_saes.config import BaseConfig
@@ -18,7 +18,6 @@ from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.dictionaries.lorsa import LorsaConfig, LowRankSparseAttention
 from lm_saes.dictionaries.normalization import NORM_BATCHES, average_norms
-from lm_saes.dictionaries.sae import SAEConfig
 from lm_saes.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -28,6 +27,15 @@ log = logging.getLogger(__name__)
 
 COARSE_NORMS = [0.1 * i for i in range(1, 51)]
 FINE_STEPS = 20
+OPTIONAL = {
+    "init_encoder_with_decoder_transpose_factor": (
+        "init_encoder_with_decoder_transpose", "has no encoder of its decoder's shape"
+    ),
+    "bias_init_method": ("init_decoder_bias_with_geometric_median", "has no one decoder bias"),
+    "initialize_W_D_with_active_subspace": ("init_W_D_with_active_subspace", "has no one decoder matrix"),
+    "init_encoder_bias_with_mean_hidden_pre": ("init_encoder_bias_with_mean_hidden_pre", "has no encoder bias"),
+}  # fmt: skip
+"""Settings that need a method of the dictionary which not every kind offers, and what a kind without it lacks."""
 
 
 class InitializerConfig(BaseConfig):
@@ -40,7 +48,8 @@ class InitializerConfig(BaseConfig):
     encoder_uniform_bound: float = Field(default=1.0, gt=0)
     """Encoder weights are drawn uniformly within plus and minus this."""
     init_encoder_with_decoder_transpose: bool = True
-    """Tie the fresh encoder to the decoder: `W_E = factor x W_D^T`."""
+    """Tie the fresh encoder to the decoder: `W_E = factor x W_D^T`. Kinds whose encoder has another shape never do, and
+    refuse this if it is set."""
     init_encoder_with_decoder_transpose_factor: float = 1.0
     """That factor."""
     init_log_jumprelu_threshold_value: float | None = None
@@ -83,6 +92,12 @@ class InitializerConfig(BaseConfig):
             self.refuse_without_effect(factor, "initialize_tc_with_mlp brings encoder norms to 1", info)
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_an_unset_tie(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A tie that nobody set is not saved, so that a kind which refuses one can be trained again as it was."""
+        name = "init_encoder_with_decoder_transpose"
+        return {key: value for key, value in handler(self).items() if key != name or name in self.model_fields_set}
+
 
 class Initializer:
     """Makes dictionaries ready for training."""
@@ -124,7 +139,7 @@ class Initializer:
         Raises:
             ConfigError: a setting that does not fit this dictionary, or needs something that was not given.
         """
-        self._check(cfg)
+        self.check(cfg)
         mlp = self._mlp(cfg, model) if self.cfg.initialize_tc_with_mlp else None
         mhsa = self._attention(cfg, model) if isinstance(cfg, LorsaConfig) else None
         sae = self.initialize_parameters(AbstractSparseAutoEncoder.from_config(cfg, device_mesh=device_mesh))
@@ -198,7 +213,7 @@ class Initializer:
             sae.init_encoder_bias_with_mean_hidden_pre(batch)
 
     def _tie(self, sae: AbstractSparseAutoEncoder) -> None:
-        if self.cfg.init_encoder_with_decoder_transpose and sae.ties_encoder:
+        if self.cfg.init_encoder_with_decoder_transpose and sae.offers("init_encoder_with_decoder_transpose"):
             sae.init_encoder_with_decoder_transpose(self.cfg.init_encoder_with_decoder_transpose_factor)
 
     def _looks_at_a_batch(self) -> bool:
@@ -211,16 +226,27 @@ class Initializer:
             or cfg.init_encoder_bias_with_mean_hidden_pre
         )
 
-    def _check(self, cfg: BaseSAEConfig) -> None:
+    def check(self, cfg: BaseSAEConfig) -> None:
+        """Refuse settings that this dictionary has no use for; no activations and no model are looked at.
+
+        Raises:
+            ConfigError: with the setting and the reason.
+        """
+        kind, this = AbstractSparseAutoEncoder.kinds[cfg.sae_type], f"a dictionary of sae_type={cfg.sae_type!r}"
         tied = (
             self.cfg.init_encoder_with_decoder_transpose
             and "init_encoder_with_decoder_transpose" in self.cfg.model_fields_set
         )
-        if tied and not AbstractSparseAutoEncoder.kinds[cfg.sae_type].ties_encoder:
+        if tied and not kind.offers("init_encoder_with_decoder_transpose"):
             raise ConfigError(
-                f"init_encoder_with_decoder_transpose=True: a dictionary of sae_type={cfg.sae_type!r} has no encoder "
-                "of its decoder's shape; remove it"
+                f"init_encoder_with_decoder_transpose=True: {this} has no encoder of its decoder's shape; remove it"
             )
+        for name, (method, lack) in OPTIONAL.items():
+            if not kind.offers(method):
+                self.cfg.refuse_without_effect([name], f"{this} {lack}")
+        if not kind.reads_uniform_bounds:
+            bounds = ["encoder_uniform_bound", "decoder_uniform_bound"]
+            self.cfg.refuse_without_effect(bounds, f"{this} draws its fresh weights by a rule of its own")
         if self.cfg.init_log_jumprelu_threshold_value is not None and cfg.act_fn != "jumprelu":
             value = self.cfg.init_log_jumprelu_threshold_value
             raise ConfigError(
@@ -248,6 +274,12 @@ class Initializer:
             raise ConfigError(
                 f"initialize_lorsa_with_mhsa=True: needs sae_type='lorsa', not {cfg.sae_type!r}; remove it"
             )
+        transcoder = kind.offers("init_tc_with_mlp") and cfg.hook_points_read != cfg.hook_points_written
+        if self.cfg.initialize_tc_with_mlp and not transcoder:
+            raise ConfigError(
+                "initialize_tc_with_mlp=True: needs a transcoder (sae_type='sae', hook_point_out behind the MLP that "
+                "hook_point_in stands in front of); remove it"
+            )
 
     def _attention(self, cfg: LorsaConfig, model: LanguageModel | None) -> AttentionWeights | None:
         """The attention that a Lorsa starts from, if it does."""
@@ -259,15 +291,13 @@ class Initializer:
             raise ConfigError(f"model_layer=None: {name} needs the layer of the attention to start from")
         if model is None:
             raise ConfigError(f"{name}=True: needs the language model's attention; give model")
-        return attention_weights(model, self.cfg.model_layer).to(cfg.device)
+        try:
+            return attention_weights(model, self.cfg.model_layer).to(cfg.device)
+        except NotImplementedError as error:
+            raise ConfigError(f"{name}=True: {error}; remove it") from error
 
     def _mlp(self, cfg: BaseSAEConfig, model: LanguageModel | None) -> Callable[[Tensor], Tensor]:
-        if not isinstance(cfg, SAEConfig) or cfg.hook_point_in == cfg.hook_point_out:
-            raise ConfigError(
-                "initialize_tc_with_mlp=True: needs a transcoder (sae_type='sae', hook_point_out behind the MLP that "
-                "hook_point_in stands in front of); remove it"
-            )
         if model is None:
             raise ConfigError("initialize_tc_with_mlp=True: needs the language model; give model")
         assert self.cfg.model_layer is not None
-        return model.mlp(self.cfg.model_layer, cfg.hook_point_in, cfg.hook_point_out)
+        return model.mlp(self.cfg.model_layer, cfg.hook_points_read[0], cfg.hook_points_written[0])

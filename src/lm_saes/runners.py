@@ -100,6 +100,8 @@ def _train(settings: TrainSettings) -> AbstractSparseAutoEncoder:
             f"trainer.exp_result_path={str(run)!r}: holds a run already; resume it, remove it, or name another"
         )
     cfg = settings.sae.model_copy(update={"device": settings.device_type})
+    if trainer_cfg.from_pretrained_path is None:
+        Initializer(settings.initializer).check(cfg)
     model = None if settings.model is None else _load_model(settings.model, settings.device_type)
     datasets = {source.name: settings.datasets[source.name] for source in _dataset_sources(settings)}
     with _stream(settings.activation_factory, settings.seed, model, datasets) as stream:

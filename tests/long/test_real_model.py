@@ -13,13 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.toml") if not path.stem.startswith("quickstart"))
 
-pytestmark = pytest.mark.long
-
-
-@pytest.fixture(scope="session", autouse=True)
-def demo() -> None:
-    """The model and the text where the examples look for them."""
-    subprocess.run([sys.executable, "-m", "lm_saes.demo", "--cache", ".cache/demo"], cwd=ROOT, check=True)
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("demo")]
 
 
 def lm_saes(*arguments: str) -> None:

@@ -229,6 +229,54 @@ def test_a_transcoder_of_an_mlp(place: Path, tmp_path: Path) -> None:
     assert evaluation["metrics/downstream_loss_ablated"] != evaluation["metrics/downstream_loss_original"]
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "sae": {"hook_point_in": HOOK, "hook_point_out": HOOK},
+    "crosscoder": {"hook_points": [HOOK, "blocks.1.hook_resid_post"]},
+    "clt": {"hook_points_in": ["blocks.0.ln2.hook_normalized"], "hook_points_out": ["blocks.0.hook_mlp_out"]},
+    "molt": {"hook_point_in": HOOK, "hook_point_out": HOOK, "rank_counts": {1: 10, 3: 6}},
+    "lorsa": {
+        "hook_point_in": "blocks.0.ln1.hook_normalized", "hook_point_out": "blocks.0.hook_attn_out",
+        "n_qk_heads": 2, "d_qk_head": 8, "rotary_dim": 8, "n_ctx": 16,
+    },
+}  # fmt: skip
+
+
+def training_of(kind: str, place: Path, run: Path, steps: int = 2) -> dict[str, Any]:
+    """A short run of a kind, without evaluation."""
+    data = training(place, run, steps=steps)
+    shape = {"d_model": 16, "act_fn": "topk", "top_k": 4, "norm_activation": "inference"}
+    data["sae"] = {"sae_type": kind, **shape, **({} if kind == "molt" else {"expansion_factor": 4}), **KINDS[kind]}
+    del data["eval"]
+    hooks = [hook for key, value in KINDS[kind].items() if "hook" in key
+             for hook in ([value] if isinstance(value, str) else value)]  # fmt: skip
+    data["activation_factory"]["hook_points"] = list(dict.fromkeys(hooks))
+    if kind == "lorsa":
+        del data["activation_factory"]["buffer_size"]
+        data["activation_factory"] |= {"target": "activations-2d", "batch_size": 4}
+    return data
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_can_be_repeated_from_the_settings_that_it_saved(place: Path, tmp_path: Path, kind: str) -> None:
+    train_from_config(training_of(kind, place, tmp_path / "first"))
+    saved = read(tmp_path / "first" / "settings.json")
+    saved["trainer"]["exp_result_path"] = str(tmp_path / "again")
+    train_from_config(saved)
+    one, two = (load_file(tmp_path / name / "sae_weights.safetensors") for name in ("first", "again"))
+    assert one and all(torch.equal(one[name], two[name]) for name in one)
+    again = read(tmp_path / "again" / "settings.json")
+    assert again == saved
+
+
+def test_a_start_that_does_not_fit_the_kind_is_told_before_anything_is_loaded_or_written(tmp_path: Path) -> None:
+    data = training_of("molt", tmp_path / "no model here", tmp_path / "run")
+    data["initializer"] = {"initialize_W_D_with_active_subspace": True, "d_active_subspace": 2}
+    message = r"^initialize_W_D_with_active_subspace=True has no effect: .*'molt' has no one decoder matrix; remove it$"
+    with pytest.raises(ConfigError, match=message):
+        train_from_config(data)
+    assert not (tmp_path / "run").exists()
+
+
 # --- generating ------------------------------------------------------------------------------------------------------
 
 

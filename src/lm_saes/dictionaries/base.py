@@ -40,8 +40,8 @@ class AbstractSparseAutoEncoder(Selecting, Normalizing, Stored, ABC):
 
     kinds: ClassVar[dict[str, type[AbstractSparseAutoEncoder]]] = {}
     config_class: ClassVar[type[BaseSAEConfig]]
-    ties_encoder: ClassVar[bool] = True
-    """Whether the encoder can start as the decoder's transpose."""
+    reads_uniform_bounds: ClassVar[bool] = True
+    """Whether fresh weights are drawn within the initialiser's bounds, rather than by a rule of the kind's own."""
     has_encoder_norm: ClassVar[bool] = True
     """Whether each latent has an encoder direction, whose norm can be measured and set."""
     averages_sites: ClassVar[bool] = False
@@ -121,6 +121,11 @@ class AbstractSparseAutoEncoder(Selecting, Normalizing, Stored, ABC):
     @abstractmethod
     def transform_to_unit_decoder_norm(self) -> None:
         """Bring decoder norms to 1 without changing what the dictionary computes."""
+
+    @classmethod
+    def offers(cls, method: str) -> bool:
+        """Whether this kind has its own version of an optional method, which here only says that there is none."""
+        return getattr(cls, method) is not getattr(AbstractSparseAutoEncoder, method)
 
     @abstractmethod
     def init_parameters(self, *, encoder_uniform_bound: float, decoder_uniform_bound: float,

@@ -78,8 +78,10 @@ class BaseSAEConfig(BaseConfig):
         )
         old = ("use_triton_kernel", "sparsity_threshold_for_triton_spmm_kernel")
         self.warn_without_effect(old, "the sparse path is chosen automatically")
-        if "top_k" in function.config_fields and self.top_k > self.d_sae:
-            raise ValueError(f"act_fn={self.act_fn!r}: top_k={self.top_k} exceeds the {self.d_sae} latents available")
+        if "top_k" in function.config_fields and self.top_k > self.largest_k:
+            raise ValueError(
+                f"act_fn={self.act_fn!r}: top_k={self.top_k} exceeds the {self.largest_k} latents available"
+            )
         if self.d_sae < 1:
             raise ValueError(
                 f"expansion_factor={self.expansion_factor}: gives no latents at d_model={self.d_model}; raise it"
@@ -90,6 +92,12 @@ class BaseSAEConfig(BaseConfig):
     def d_sae(self) -> int:
         """Number of latents."""
         return int(self.d_model * self.expansion_factor)
+
+    @property
+    def largest_k(self) -> int:
+        """How many latents the top-k family picks from on a token: those of one site, or of all if they compete."""
+        joins_sites = ActivationFunction.registry[self.act_fn].joins_sites
+        return self.d_sae * (len(self.hook_points_written) if joins_sites else 1)
 
     @property
     def threshold_shape(self) -> tuple[int, ...]:

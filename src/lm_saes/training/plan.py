@@ -95,8 +95,10 @@ def check_settings(cfg: TrainerConfig, dictionary: AbstractSparseAutoEncoder) ->
             f"jumprelu_lr_factor={cfg.jumprelu_lr_factor}: act_fn={act_fn!r} has no thresholds; remove it"
         )
     if cfg.initial_k is not None:
-        top_k, d_sae = dictionary.cfg.top_k, dictionary.cfg.d_sae
+        top_k, most = dictionary.cfg.top_k, dictionary.cfg.largest_k
         if dictionary.current_k is None:
             raise ConfigError(f"initial_k={cfg.initial_k}: act_fn={act_fn!r} has no k; remove it")
-        if not top_k <= cfg.initial_k <= d_sae:
-            raise ConfigError(f"initial_k={cfg.initial_k}: must lie between top_k={top_k} and d_sae={d_sae}")
+        if not top_k <= cfg.initial_k <= most:
+            raise ConfigError(
+                f"initial_k={cfg.initial_k}: must lie between top_k={top_k} and the {most} latents available"
+            )

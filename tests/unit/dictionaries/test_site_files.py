@@ -198,3 +198,14 @@ def test_config_errors(kind: str, settings: dict[str, Any], message: str) -> Non
     hooks = {"hook_points_in": ["a"], "hook_points_out": ["b"]} if kind == "clt" else {"hook_points": ["a", "b"]}
     with pytest.raises((ConfigError, ValueError), match=message):
         type(CONFIGS[kind]())(**base | hooks | settings)
+
+
+@pytest.mark.parametrize(
+    ("act_fn", "most"), [("topk", 24), ("batchtopk", 24), ("layertopk", 3 * 24), ("batchlayertopk", 3 * 24)]
+)
+@every_kind
+def test_k_is_at_most_the_latents_that_it_is_picked_from(kind: str, act_fn: str, most: int) -> None:
+    """24 latents of each of three sites: where sites compete, k counts the latents of all of them."""
+    assert CONFIGS[kind](act_fn=act_fn, top_k=most).largest_k == most
+    with pytest.raises(ValueError, match=f"act_fn='{act_fn}': top_k={most + 1} exceeds the {most} latents available"):
+        CONFIGS[kind](act_fn=act_fn, top_k=most + 1)

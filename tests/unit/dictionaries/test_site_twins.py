@@ -99,6 +99,18 @@ def test_forward_losses_and_gradients(
     compare_gradients(file_gradients(dictionary, result["loss"]), twin.gradients(total), tolerance)
 
 
+@both_gatings
+@pytest.mark.parametrize("act_fn", ["layertopk", "batchlayertopk"])
+@every_kind
+def test_more_latents_than_one_site_has(path: str, kind: str, act_fn: str, gated: bool) -> None:
+    """Sites that compete may share a k above the 24 latents of each."""
+    dictionary = made(kind, act_fn=act_fn, top_k=30, sparsity_include_decoder_norm=gated, dtype=torch.float64)
+    batch, twin = batch_for(dictionary, (40,), masked=True), twin_of(dictionary)
+    _, h, f, _ = twin.forward(batch)
+    assert_same(valid(losses(dictionary, batch)["feature_acts"], batch), f, 1e-9)
+    assert 0 < int((f > 0).sum()) < int((h > 0).sum())  # some of the positive ones are not among them
+
+
 @pytest.mark.parametrize(("loss", "p"), SPARSITY)
 @both_gatings
 @every_act_fn

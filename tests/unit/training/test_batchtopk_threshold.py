@@ -43,7 +43,8 @@ def test_as_sparse_at_inference_as_in_training(tmp_path: Path, kind: str, act_fn
     cfg = build(config, {"d_model": 16, "expansion_factor": 4, "act_fn": act_fn, "top_k": 5, **KINDS[kind]})
     torch.manual_seed(0)
     stream = batches(0, 400)
-    dictionary = Initializer(InitializerConfig(decoder_uniform_bound=0.3)).initialize_sae_from_config(cfg, stream)
+    start = InitializerConfig() if kind == "clt" else InitializerConfig(decoder_uniform_bound=0.3)
+    dictionary = Initializer(start).initialize_sae_from_config(cfg, stream)
     settings = {"total_training_tokens": 400 * 256, "lr": 3e-3, "lr_warm_up_steps": 0, "n_checkpoints": 0}
     Trainer(build(TrainerConfig, settings | {"exp_result_path": str(tmp_path)})).fit(dictionary, stream)
     loaded = AbstractSparseAutoEncoder.from_pretrained(tmp_path)

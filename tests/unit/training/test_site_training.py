@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lm_saes import CLTConfig, CrossCoderConfig, Initializer, InitializerConfig, Trainer
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
+from lm_saes.errors import ConfigError
 from lm_saes.training.checkpoint import saved_steps
 
 New = Callable[..., Any]
@@ -102,3 +103,15 @@ def test_training_lowers_the_loss_and_resuming_changes_nothing(run: New, batches
     with torch.no_grad():
         want = whole.sae.eval().reconstruct(stream[0])
         torch.testing.assert_close(used.reconstruct(stream[0]), want, rtol=1e-4, atol=1e-5)
+
+
+@both_kinds
+def test_k_may_start_at_all_latents_of_sites_that_compete(run: New, batches: New, kind: str) -> None:
+    """32 latents of each of three sites; k falls from 96 to 4."""
+    stream = sited(batches(3), kind)
+    log = run(new(kind, "layertopk"), stream, steps=3, initial_k=96, k_warmup_steps=2).log
+    assert list(log.series("sparsity/k").values()) == [96, 50, 4]
+    with pytest.raises(ConfigError, match="initial_k=97: must lie between top_k=4 and the 96 latents available"):
+        run(new(kind, "layertopk"), stream, steps=3, initial_k=97, name="more")
+    with pytest.raises(ConfigError, match="initial_k=33: must lie between top_k=4 and the 32 latents available"):
+        run(new(kind, "topk"), stream, steps=3, initial_k=33, name="other")
