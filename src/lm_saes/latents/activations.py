@@ -170,9 +170,12 @@ class TopK(ActivationFunction):
         return min(self.k / (n_sites if self.joins_sites else 1), n_latents)
 
     def candidates(self, s_BF: Tensor, rows: slice) -> Tensor:
-        columns = self._columns(s_BF)
-        self._width = columns.shape[1]
-        return columns
+        return self.offer(self._columns(s_BF))
+
+    def offer(self, columns_BC: Tensor) -> Tensor:
+        """Take these columns as every row's candidates: they hold its k largest."""
+        self._width = columns_BC.shape[1]
+        return columns_BC
 
     def settle(self, s_E: Tensor, sites_E: Tensor) -> Tensor:
         return self.axis.top(s_E.view(-1, self._width), self.k).view(-1) & (s_E > 0)

@@ -124,7 +124,7 @@ class _Encode(torch.autograd.Function):
         sums = _EncoderGradients(x_ND, W_DF, f_NF.dtype, ctx.needs_input_grad[0])
         for columns, g_NJ in _blocks(f_NF):
             _gather(g_NJ, columns, df_NF, recipes)
-            if window_F is not None:
+            if window_F is not None and h_NF is not None:
                 h_NJ = h_NF[:, columns]
                 within_NJ = (h_NJ > low_F[columns]) & (h_NJ < high_F[columns])
                 torch.mv(torch.where(within_NJ, g_NJ, zero).T, ones_N, out=window_F[columns])

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from lm_saes.latents import kernels
-from lm_saes.latents.activations import ActivationFunction, Missed, threshold_gradient
+from lm_saes.latents.activations import ActivationFunction, Missed, TopK, threshold_gradient
 from lm_saes.latents.codes import Code, DenseCode, Pattern, SparseCode
 from lm_saes.latents.dense import encode_dense
 from lm_saes.latents.density import sparse_pays
 from lm_saes.latents.products import product, product_dtype
+from lm_saes.latents.screening import screening_pays, top_products
 
 BLOCK_BYTES = 20 << 20
 """Size of one block of pre-activations: small enough for the cache, large enough for an efficient product."""
@@ -210,6 +211,8 @@ def _select(
     None if the first block is too dense to go on (with a `density_scale`; without one, it always goes on).
     """
     n_sites = encoder.n_sites
+    if (screened := _screened(x_ND, encoder, activation, scale_SF)) is not None:
+        return _assemble([screened], activation, encoder)
     activation.begin(activation.mask_rows(mask_N, n_sites), len(x_ND) * activation.rows_per_token(n_sites))
     while True:
         found: list[_Found] = []
@@ -293,6 +296,26 @@ def _look(block: _Block, activation: ActivationFunction, tokens: slice) -> _Foun
     product_E = block.product_BSF.reshape(-1).index_select(0, source)
     gate_E = None if block.gate_BSF is None else block.gate_BSF.reshape(-1).index_select(0, source)
     return _Found(lengths, indices.to(torch.int32), block.s_BSF.view(-1).index_select(0, flat), product_E, gate_E)
+
+
+def _screened(x_ND: Tensor, encoder: Encoder, activation: ActivationFunction, scale_SF: Tensor | None) -> _Found | None:
+    """The k best of each token found by way of cheaper products, where the processor has them."""
+    if not (isinstance(encoder, LinearEncoder) and encoder.is_plain and isinstance(activation, TopK)):
+        return None
+    scale_F = None if scale_SF is None else scale_SF.view(-1)
+    if not screening_pays(x_ND, encoder.n_latents, activation.k):
+        return None
+    best = top_products(x_ND, encoder.W_DF, encoder.b_F, scale_F, activation.k)
+    if best is None:
+        return None
+    columns_Nk, products_Nk = best
+    activation.offer(columns_Nk)
+    columns_E, products_E = columns_Nk.view(-1), products_Nk.view(-1)
+    s_E = products_E + encoder.b_F.index_select(0, columns_E)
+    if scale_F is not None:
+        s_E = s_E * scale_F.index_select(0, columns_E)
+    lengths = torch.full((len(x_ND),), columns_Nk.shape[1])
+    return _Found(lengths, columns_E.to(torch.int32), s_E, products_E, None)
 
 
 def _assemble(found: list[_Found], activation: ActivationFunction, encoder: Encoder) -> _Picks:

@@ -24,3 +24,10 @@ def add_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """`a b` added to `out`, as `product` writes it."""
     with torch.autocast(a.device.type, enabled=False):
         return out.addmm_(a, b) if a.dtype == out.dtype else out.add_(torch.mm(a, b))
+
+
+def cpu_computes_in(dtype: torch.dtype) -> bool:
+    """Whether this machine's processor has instructions for products in a half-precision type."""
+    can = torch.cpu.get_capabilities()
+    names = {torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"), torch.float16: ("amx_fp16", "avx512_fp16", "fphp")}
+    return any(can.get(name) for name in names.get(dtype, ()))

@@ -7,21 +7,17 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from lm_saes.latents.products import cpu_computes_in
+
 
 def mixed_precision(amp_dtype: torch.dtype | None, device: str) -> AbstractContextManager[object]:
     """Autocast to `amp_dtype` on `device`; nothing (and a warning) on a processor without instructions for it."""
     kind = torch.device(device).type
     if amp_dtype is None or amp_dtype == torch.float32:
         return nullcontext()
-    if kind == "cpu" and not _cpu_computes_in(amp_dtype):
+    if kind == "cpu" and not cpu_computes_in(amp_dtype):
         warnings.warn(
             f"amp_dtype={amp_dtype}: this processor has no instructions for it; computing in float32", stacklevel=2
         )
         return nullcontext()
     return torch.autocast(kind, dtype=amp_dtype)
-
-
-def _cpu_computes_in(dtype: torch.dtype) -> bool:
-    can = torch.cpu.get_capabilities()
-    names = {torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"), torch.float16: ("amx_fp16", "avx512_fp16", "fphp")}
-    return any(can.get(name) for name in names.get(dtype, ()))
