@@ -258,6 +258,7 @@ def test_a_name_that_only_one_of_them_has_is_noticed() -> None:
 
 HEAVY = {
     "torch",
+    "triton",
     "numpy",
     "pydantic",
     "transformers",
@@ -286,9 +287,10 @@ def test_starting_loads_nothing_heavy(arguments: tuple[str, ...]) -> None:
     assert loaded & HEAVY == set()
 
 
-def test_using_a_name_loads_torch_but_neither_loggers_nor_language_models() -> None:
+def test_using_a_name_loads_torch_but_neither_loggers_nor_language_models_nor_kernels() -> None:
     loaded = loaded_by(
         "-c", "import lm_saes; lm_saes.SparseAutoEncoder; lm_saes.WandbConfig; lm_saes.LanguageModelConfig"
     )
     assert {"torch", "pydantic"} <= loaded
-    assert loaded & {"transformers", "transformer_lens", "datasets", "wandb", "tensorboard", "plotly"} == set()
+    unused = {"transformers", "transformer_lens", "datasets", "wandb", "tensorboard", "plotly", "triton"}
+    assert loaded & unused == set()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_saes.latents.axis import LatentAxis
+from lm_saes.latents.kernels.plain import top_columns
 
 if TYPE_CHECKING:
     from lm_saes.dictionaries.config import BaseSAEConfig
@@ -127,27 +128,6 @@ class ReLU(ActivationFunction):
 
     def bounds(self, like_F: Tensor, scale_F: Tensor | None) -> tuple[Tensor, None, None]:
         return _in_units_of_h(torch.zeros_like(like_F), scale_F), None, None
-
-
-def top_columns(s_BF: Tensor, k: int, groups_of: int = 16) -> Tensor:
-    """Columns of the k largest entries of each row, `[B, k]` (int64).
-
-    Two stages, several times faster than one: the k groups with the largest maxima hold the k largest entries, since
-    whatever is among these makes its group's maximum at least as large.
-    """
-    n_rows, n_latents = s_BF.shape
-    n_groups = n_latents // groups_of
-    if n_groups < 2 * k:
-        return s_BF.topk(k, dim=1, sorted=False).indices
-    whole = n_groups * groups_of  # the group of a column is its remainder by n_groups
-    maxima_BG = s_BF[:, :whole].view(n_rows, groups_of, n_groups).amax(1)
-    groups_Bk = maxima_BG.topk(k, dim=1, sorted=False).indices
-    starts = torch.arange(0, whole, n_groups, device=s_BF.device)
-    columns_BC = (groups_Bk[:, None, :] + starts[:, None]).reshape(n_rows, -1)
-    tail = torch.arange(whole, n_latents, device=s_BF.device).expand(n_rows, -1)
-    columns_BC = torch.cat([columns_BC, tail], dim=1) if tail.shape[1] else columns_BC
-    best = s_BF.gather(1, columns_BC).topk(k, dim=1, sorted=False).indices
-    return columns_BC.gather(1, best)
 
 
 class TopK(ActivationFunction):

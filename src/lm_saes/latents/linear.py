@@ -22,11 +22,8 @@ from lm_saes.latents.activations import ActivationFunction, Missed, TopK, thresh
 from lm_saes.latents.codes import Code, DenseCode, Pattern, SparseCode
 from lm_saes.latents.dense import encode_dense
 from lm_saes.latents.density import sparse_pays
-from lm_saes.latents.products import product, product_dtype
-from lm_saes.latents.screening import screening_pays, top_products
-
-BLOCK_BYTES = 20 << 20
-"""Size of one block of pre-activations: small enough for the cache, large enough for an efficient product."""
+from lm_saes.latents.products import product, product_dtype, rows_at_once
+from lm_saes.latents.screening import screening_pays, top_in_full, top_products
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,8 +208,8 @@ def _select(
     None if the first block is too dense to go on (with a `density_scale`; without one, it always goes on).
     """
     n_sites = encoder.n_sites
-    if (screened := _screened(x_ND, encoder, activation, scale_SF)) is not None:
-        return _assemble([screened], activation, encoder)
+    if (best := _best_of_each_token(x_ND, encoder, activation, scale_SF)) is not None:
+        return _assemble([best], activation, encoder)
     activation.begin(activation.mask_rows(mask_N, n_sites), len(x_ND) * activation.rows_per_token(n_sites))
     while True:
         found: list[_Found] = []
@@ -244,7 +241,7 @@ def _blocks(x_ND: Tensor, encoder: Encoder, scale_SF: Tensor | None) -> Iterator
     n_sites, n_latents = encoder.n_sites, encoder.n_latents
     encoder, x_ND = encoder.computing_in(product_dtype(x_ND)), x_ND.to(product_dtype(x_ND))
     b = encoder.parameters()[1]
-    size = min(len(x_ND), max(1, BLOCK_BYTES // (4 * n_sites * n_latents)))
+    size = min(len(x_ND), rows_at_once(x_ND.device, 4 * n_sites * n_latents))
     products = 1 if isinstance(encoder, LinearEncoder) else n_sites
     product_BSF, s_BSF = b.new_empty(size, products, n_latents), b.new_empty(size, n_sites, n_latents)
     shift_SF = b.view(-1, n_latents) if scale_SF is None else b.view(-1, n_latents) * scale_SF
@@ -298,23 +295,23 @@ def _look(block: _Block, activation: ActivationFunction, tokens: slice) -> _Foun
     return _Found(lengths, indices.to(torch.int32), block.s_BSF.view(-1).index_select(0, flat), product_E, gate_E)
 
 
-def _screened(x_ND: Tensor, encoder: Encoder, activation: ActivationFunction, scale_SF: Tensor | None) -> _Found | None:
-    """The k best of each token found by way of cheaper products, where the processor has them."""
+def _best_of_each_token(
+    x_ND: Tensor, encoder: Encoder, activation: ActivationFunction, scale_SF: Tensor | None
+) -> _Found | None:
+    """The k largest of each token, where it is these that the activation function looks at; `s` is never written."""
     if not (isinstance(encoder, LinearEncoder) and encoder.is_plain and isinstance(activation, TopK)):
         return None
-    scale_F = None if scale_SF is None else scale_SF.view(-1)
-    if not screening_pays(x_ND, encoder.n_latents, activation.k):
-        return None
-    best = top_products(x_ND, encoder.W_DF, encoder.b_F, scale_F, activation.k)
-    if best is None:
-        return None
-    columns_Nk, products_Nk = best
+    scale_F, k = None if scale_SF is None else scale_SF.view(-1), min(activation.k, encoder.n_latents)
+    best = None
+    if screening_pays(x_ND, encoder.n_latents, k):
+        best = top_products(x_ND, encoder.W_DF, encoder.b_F, scale_F, k)
+    columns_Nk, products_Nk = best or top_in_full(x_ND, encoder.W_DF, encoder.b_F, scale_F, k)
     activation.offer(columns_Nk)
     columns_E, products_E = columns_Nk.view(-1), products_Nk.view(-1)
     s_E = products_E + encoder.b_F.index_select(0, columns_E)
     if scale_F is not None:
         s_E = s_E * scale_F.index_select(0, columns_E)
-    lengths = torch.full((len(x_ND),), columns_Nk.shape[1])
+    lengths = torch.full((len(x_ND),), columns_Nk.shape[1], device=x_ND.device)
     return _Found(lengths, columns_E.to(torch.int32), s_E, products_E, None)
 
 

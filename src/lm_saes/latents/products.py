@@ -5,6 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BLOCK_BYTES = 20 << 20
+"""Size of one block of pre-activations on a CPU: small enough for the cache, large enough for an efficient product."""
+DEVICE_BLOCK_BYTES = 1 << 30
+"""The same on other devices."""
+
+
+def rows_at_once(device: torch.device, row_bytes: int) -> int:
+    """How many rows a block has."""
+    return max(1, (BLOCK_BYTES if device.type == "cpu" else DEVICE_BLOCK_BYTES) // row_bytes)
+
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """What products with `x` are computed in: autocast's type for float32 activations, else that of `x`."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lm_saes.latents import kernels
-from lm_saes.latents.products import cpu_computes_in
+from lm_saes.latents.products import cpu_computes_in, product, product_dtype, rows_at_once
 
 BLOCK_BYTES = 38 << 20
 """Size of one block of bounds."""
@@ -31,8 +31,6 @@ PROBE_ROWS = 128
 """So many tokens are tried first."""
 WORTH_WHILE = 0.25
 """Screening goes on if it fails for no more than this share of them."""
-ROWS_IN_FULL = 256
-"""So many tokens that screening cannot settle are looked at together."""
 LARGE = 1 << 28
 """Multiplications of a product that is worth screening."""
 UNIT = 2.0**-8
@@ -70,12 +68,24 @@ def top_products(
             return None
     columns_Nk, products_Nk = torch.cat([f.columns_Bk for f in found]), torch.cat([f.products_Bk for f in found])
     rest_X = torch.cat([~f.proven_B for f in found]).nonzero().squeeze(1)
-    shift_F = b_F if scale_F is None else b_F * scale_F
-    for some_X in rest_X.split(ROWS_IN_FULL):
-        product_XF = x_ND[some_X] @ W_DF
-        columns_Nk[some_X] = columns_Xk = kernels.top_of_product(product_XF, scale_F, shift_F, k)
-        products_Nk[some_X] = product_XF.gather(1, columns_Xk)
+    if len(rest_X):
+        columns_Nk[rest_X], products_Nk[rest_X] = top_in_full(x_ND[rest_X], W_DF, b_F, scale_F, k)
     return columns_Nk, products_Nk
+
+
+def top_in_full(x_ND: Tensor, W_DF: Tensor, b_F: Tensor, scale_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """What `top_products` gives, from whole products in the type that autocast asks for, block by block."""
+    dtype = product_dtype(x_ND)
+    x_ND, W_DF = x_ND.to(dtype), W_DF.to(dtype)
+    shift_F = b_F if scale_F is None else b_F * scale_F
+    n_rows = max(1, rows_at_once(x_ND.device, b_F.element_size() * len(b_F)))
+    product_BF = b_F.new_empty(min(len(x_ND), n_rows), len(b_F))
+    found: list[tuple[Tensor, Tensor]] = []
+    for x_BD in x_ND.split(n_rows):
+        some_BF = product(x_BD, W_DF, out=product_BF[: len(x_BD)])
+        columns_Bk = kernels.top_of_product(some_BF, scale_F, shift_F, k)
+        found.append((columns_Bk, some_BF.gather(1, columns_Bk)))
+    return torch.cat([c for c, _ in found]), torch.cat([p for _, p in found])
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,8 +40,13 @@ def test_deferred_gradients_are_the_plain_ones(act_fn: str, gated: bool, masked:
         W_FD = torch.randn(24, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
         code = blockwise(problem)
         log_theta = problem.activation.log_threshold
-        plain = code if deferred else DenseCode(
-            problem.activation.dense(torch.addmm(problem.b_F, problem.x_ND, problem.W_DF), problem.scale_F, None))
+        plain = (
+            code
+            if deferred
+            else DenseCode(
+                problem.activation.dense(torch.addmm(problem.b_F, problem.x_ND, problem.W_DF), problem.scale_F, None)
+            )
+        )
         parts = [problem.x_ND, problem.W_DF, problem.b_F, v_F, W_FD, *([] if log_theta is None else [log_theta])]
         found.append(list(torch.autograd.grad(sum(losses(plain, problem, v_F, W_FD), torch.zeros(())), parts)))
     for i, (got, want) in enumerate(zip(*found, strict=True)):
@@ -63,10 +68,15 @@ def test_a_backward_pass_that_stops_early_leaves_nothing_behind() -> None:
     W_FD = torch.ones(24, 6, dtype=torch.float64, requires_grad=True)
     y_ND = blockwise(problem).decode(W_FD)
     torch.autograd.grad(y_ND.sum(), W_FD, retain_graph=True)  # leaves a recipe that nobody takes
-    first, = torch.autograd.grad(y_ND.sum(), problem.b_F, retain_graph=True)
-    again, = torch.autograd.grad(y_ND.sum(), problem.b_F)
-    want, = torch.autograd.grad(problem.activation.dense(  # type: ignore[union-attr]
-        torch.addmm(problem.b_F, problem.x_ND, problem.W_DF), problem.scale_F, None).sum() * 6, problem.b_F)
+    (first,) = torch.autograd.grad(y_ND.sum(), problem.b_F, retain_graph=True)
+    (again,) = torch.autograd.grad(y_ND.sum(), problem.b_F)
+    (want,) = torch.autograd.grad(
+        problem.activation.dense(  # type: ignore[union-attr]
+            torch.addmm(problem.b_F, problem.x_ND, problem.W_DF), problem.scale_F, None
+        ).sum()
+        * 6,
+        problem.b_F,
+    )
     torch.testing.assert_close(first, want)
     torch.testing.assert_close(again, want)
 

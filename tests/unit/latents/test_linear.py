@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_saes.latents import linear
+from lm_saes.latents import products
 from lm_saes.latents.codes import DenseCode, SparseCode
 from lm_saes.latents.linear import LinearEncoder, encode
 
@@ -20,7 +20,7 @@ from .problems import Problem, activation
 def test_sparse_is_dense(
     monkeypatch: pytest.MonkeyPatch, act_fn: str, gated: bool, glu: bool, masked: bool, rows_per_block: int
 ) -> None:
-    monkeypatch.setattr(linear, "BLOCK_BYTES", 4 * 24 * rows_per_block)
+    monkeypatch.setattr(products, "BLOCK_BYTES", 4 * 24 * rows_per_block)
     one, other = (Problem(act_fn, gated, glu, masked) for _ in range(2))
     sparse, dense = one.encode(dense=False), other.encode(dense=True)
     assert isinstance(sparse, SparseCode)
@@ -101,7 +101,7 @@ def test_gradients_of_a_fixed_selection(monkeypatch: pytest.MonkeyPatch, glu: bo
     relu = activation("relu", 8)
     monkeypatch.setattr(relu, "candidates", lambda s_BF, rows: fixed[rows])
     monkeypatch.setattr(relu, "settle", lambda s_E, sites_E: ~turned_down)
-    monkeypatch.setattr(linear, "BLOCK_BYTES", 4 * 8 * 4)
+    monkeypatch.setattr(products, "BLOCK_BYTES", 4 * 8 * 4)
     problem = Problem("relu", gated=False, glu=glu, n_tokens=6, d_sae=8)
     parts = [problem.x_ND, problem.W_DF, problem.b_F]
     if glu:

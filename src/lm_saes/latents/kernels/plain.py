@@ -1,6 +1,7 @@
 """Sparse products in plain torch operations.
 
-Letters: N rows (tokens), F latents, D width, E entries of the code. All sums run in a fixed order: no atomics.
+Letters: N rows (tokens), B rows of a block, F latents, D width, E entries of the code, k columns wanted, C candidates,
+R rows that have a gradient. All sums run in a fixed order: no atomics.
 """
 
 from __future__ import annotations
@@ -8,6 +9,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
+
+GROUPS_OF = 16
+"""Columns of one group in the first stage of a selection."""
+CACHED_BYTES = 1 << 20
+"""Size, for each thread, of what several passes follow each other on: half of a core's second-level cache."""
 
 
 def gather_sum(weights_E: Tensor, indices_E: Tensor, offsets: Tensor, table_XD: Tensor) -> Tensor:
@@ -33,3 +39,99 @@ def transpose(indices_E: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
     ids_E, order_E = torch.sort(indices_E, stable=True)
     latents = torch.arange(n_latents + 1, dtype=ids_E.dtype, device=ids_E.device)
     return order_E, torch.searchsorted(ids_E, latents, out_int32=True)
+
+
+def top_columns(s_BF: Tensor, k: int, groups_of: int = GROUPS_OF) -> Tensor:
+    """Columns of the k largest entries of each row, `[B, k]` (int64).
+
+    Two stages, several times faster than one: the k groups with the largest maxima hold the k largest entries, since
+    whatever is among these makes its group's maximum at least as large.
+    """
+    n_rows, n_latents = s_BF.shape
+    n_groups = n_latents // groups_of
+    if n_groups < 2 * k:
+        return s_BF.topk(k, dim=1, sorted=False).indices
+    whole = n_groups * groups_of  # the group of a column is its remainder by n_groups
+    maxima_BG = s_BF[:, :whole].view(n_rows, groups_of, n_groups).amax(1)
+    groups_Bk = maxima_BG.topk(k, dim=1, sorted=False).indices
+    starts = torch.arange(0, whole, n_groups, device=s_BF.device)
+    columns_BC = (groups_Bk[:, None, :] + starts[:, None]).flatten(1)
+    tail = torch.arange(whole, n_latents, device=s_BF.device).expand(n_rows, -1)
+    columns_BC = torch.cat([columns_BC, tail], dim=1) if tail.shape[1] else columns_BC
+    best = s_BF.gather(1, columns_BC).topk(k, dim=1, sorted=False).indices
+    return columns_BC.gather(1, best)
+
+
+def top_of_product(product_BF: Tensor, scale_F: Tensor | None, shift_F: Tensor, k: int) -> Tensor:
+    """Columns of the k largest `s = product * scale + shift` of each row, `[B, k]` (int64); no scale counts as 1.
+
+    `s` is made for a few rows at a time, in float32 at least, and stays in the cache while it is selected from. Among
+    equal entries any may be chosen.
+    """
+    n_rows, n_latents = product_BF.shape
+    columns_Bk = torch.empty(n_rows, k, dtype=torch.int64, device=product_BF.device)
+    dtype = selection_dtype(product_BF, shift_F)
+    size = _rows_at_once(product_BF, dtype.itemsize * n_latents)
+    scratch = product_BF.new_empty(min(size, n_rows), n_latents, dtype=dtype)
+    for product, columns in zip(product_BF.split(size), columns_Bk.split(size), strict=True):
+        s = scaled_and_shifted(product, scale_F, shift_F, out=scratch[: len(product)])
+        columns.copy_(top_columns(s, k))
+    return columns_Bk
+
+
+def selection_dtype(product_BF: Tensor, shift_F: Tensor) -> torch.dtype:
+    """The type in which entries are compared: that of product and shift, but at least float32."""
+    return torch.promote_types(torch.promote_types(product_BF.dtype, shift_F.dtype), torch.float32)
+
+
+def scaled_and_shifted(
+    product_BF: Tensor, scale_F: Tensor | None, shift_F: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """`product * scale + shift` in the type that entries are compared in."""
+    shift_F = shift_F.to(selection_dtype(product_BF, shift_F))
+    if scale_F is None:
+        return torch.add(product_BF, shift_F, out=out)
+    return torch.addcmul(shift_F, product_BF, scale_F.to(shift_F.dtype), out=out)
+
+
+def sparse_adam(
+    p_FD: Tensor, m_FD: Tensor, v_FD: Tensor, grad_RD: Tensor, rows_R: Tensor, lr: float, beta1: float, beta2: float,
+    eps: float, step: float,
+) -> None:  # fmt: skip
+    """One update of sparse Adam, in place, with a gradient that is zero outside `rows`.
+
+    All moments decay; where an entry of the gradient is not zero they take it up and the weight moves by
+    `-lr sqrt(1 - beta2^step) / (1 - beta1^step) m / (sqrt(v) + eps)`.
+
+    Args:
+        grad_RD: gradient of the rows in `rows_R` alone, which are all different (int32 or int64).
+        step: number of this update, from 1 on.
+    """
+    places_F = torch.full((len(p_FD),), -1, dtype=torch.int64, device=p_FD.device)
+    places_F.scatter_(0, rows_R.long(), torch.arange(len(rows_R), device=p_FD.device))
+    given = bool(len(rows_R))
+    # torch's Adam adds eps after the bias correction: scaled by it, that is the same update
+    settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps / (1 - beta2**step) ** 0.5,
+                "weight_decay": 0.0, "amsgrad": False, "maximize": False}  # fmt: skip
+    steps = torch.full((), step, dtype=torch.float32, device=p_FD.device)
+    n_rows = _rows_at_once(p_FD, 5 * p_FD.element_size() * p_FD.shape[1])
+    for places, *block in zip(places_F.split(n_rows), *(x.split(n_rows) for x in (p_FD, m_FD, v_FD)), strict=True):
+        p, m, v = parts = [x.contiguous() for x in block]
+        g = grad_RD.index_select(0, places.clamp(min=0)).to(p.dtype) if given else torch.zeros_like(p)
+        absent = places < 0
+        if given and bool(absent.any()):
+            g.masked_fill_(absent[:, None], 0.0)
+        zero = g == 0
+        before = p.clone() if bool(zero.any()) else None
+        torch.ops.aten._fused_adam_([p], [g], [m], [v], [], [steps], **settings)
+        if before is not None:
+            torch.where(zero, before, p, out=p)
+        for x, part in zip(block, parts, strict=True):
+            if part is not x:
+                x.copy_(part)
+
+
+def _rows_at_once(like: Tensor, row_bytes: int) -> int:
+    """How many rows of so many bytes stay in the cache, or on a GPU are enough to keep it busy."""
+    size = CACHED_BYTES * torch.get_num_threads() if like.device.type == "cpu" else CACHED_BYTES << 8
+    return max(1, size // max(1, row_bytes))

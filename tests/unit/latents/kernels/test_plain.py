@@ -1,0 +1,83 @@
+"""Selection and sparse Adam in torch operations: by hand, and against the definition."""
+
+import pytest
+import torch
+
+from lm_saes.latents.kernels import plain, sparse_adam, top_of_product
+from lm_saes.training.optim import SparseAdam
+
+
+def test_selection_by_hand() -> None:
+    product = torch.tensor([[1.0, 2.0, 3.0, -4.0], [0.0, 0.0, 1.0, -1.0]])
+    scale, shift = torch.tensor([10.0, 1.0, 0.0, -1.0]), torch.tensor([0.0, 0.5, 0.0, 0.25])
+    # s: [10, 2.5, 0, 4.25], [0, 0.5, 0, 1.25]
+    assert top_of_product(product, scale, shift, 2).sort(1).values.tolist() == [[0, 3], [1, 3]]
+    # without a scale: [1, 2.5, 3, -3.75], [0, 0.5, 1, -0.75]
+    assert top_of_product(product, None, shift, 1).tolist() == [[2], [2]]
+
+
+@pytest.mark.parametrize(("n_rows", "n_latents", "k"), [(1, 5, 5), (7, 1000, 9), (40, 333, 1), (0, 40, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_selection_is_that_of_one_topk(
+    n_rows: int, n_latents: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plain, "CACHED_BYTES", 5000)  # a few rows at a time
+    draw = torch.Generator().manual_seed(n_latents)
+    product = torch.randn(n_rows, n_latents, generator=draw).to(dtype)
+    scale, shift = torch.rand(n_latents, generator=draw), torch.randn(n_latents, generator=draw)
+    got = top_of_product(product, scale, shift, k)
+    want = torch.addcmul(shift, product.float(), scale).topk(k, dim=1, sorted=False).indices
+    assert got.dtype == torch.int64
+    assert torch.equal(got.sort(1).values, want.sort(1).values)
+
+
+def test_entries_are_compared_in_float32_at_least() -> None:
+    product = torch.tensor([[256.0, 256.0]], dtype=torch.bfloat16)
+    shift = torch.tensor([0.5, 0.25], dtype=torch.bfloat16)  # 256.5 and 256.25 are one number in bfloat16
+    assert top_of_product(product, None, shift, 1).tolist() == [[0]]
+
+
+def test_sparse_adam_by_hand() -> None:
+    p, m, v = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.5], [0.5]]), torch.tensor([[4.0], [4.0]])
+    sparse_adam(p, m, v, torch.tensor([[3.0]]), torch.tensor([1], dtype=torch.int32), 0.1, 0.5, 0.75, 1.0, 1)
+    # row 0 only decays; row 1: m = 0.25 + 1.5, v = 3 + 0.25 x 9, size = 0.1 x 0.5 / 0.5
+    assert m.tolist() == [[0.25], [1.75]]
+    assert v.tolist() == [[3.0], [5.25]]
+    torch.testing.assert_close(p, torch.tensor([[1.0], [2.0 - 0.1 * 1.75 / (5.25**0.5 + 1)]]))
+
+
+def test_sparse_adam_is_the_optimizer_without_its_dense_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain, "CACHED_BYTES", 1000)  # a few rows at a time
+    draw = torch.Generator().manual_seed(0)
+    dense = torch.nn.Parameter(torch.randn(50, 6, generator=draw, dtype=torch.float64))
+    optimizer = SparseAdam([dense], lr=0.01, betas=(0.9, 0.99))
+    p = dense.detach().clone()
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    for step in range(1, 5):
+        rows = torch.randperm(50, generator=draw)[:20]
+        gradient = torch.randn(20, 6, generator=draw, dtype=torch.float64)
+        gradient = gradient.masked_fill(torch.rand(20, 6, generator=draw) < 0.4, 0)
+        dense.grad = torch.zeros_like(dense).index_copy(0, rows, gradient)
+        optimizer.step()
+        sparse_adam(p, m, v, gradient, rows, 0.01, 0.9, 0.99, 1e-8, step)
+        torch.testing.assert_close(p, dense.detach())
+    torch.testing.assert_close(m, optimizer.state[dense]["exp_avg"])
+    torch.testing.assert_close(v, optimizer.state[dense]["exp_avg_sq"])
+
+
+def test_sparse_adam_of_parameters_of_any_layout() -> None:
+    draw = torch.Generator().manual_seed(0)
+    rows, gradient = torch.tensor([4, 0, 3]), torch.randn(3, 7, generator=draw)
+    p, m, v = state = [torch.rand(5, 7, generator=draw) for _ in range(3)]
+    turned_p, turned_m, turned_v = turned = [x.T.contiguous().T for x in state]
+    sparse_adam(p, m, v, gradient, rows, 0.01, 0.9, 0.99, 1e-8, 2)
+    sparse_adam(turned_p, turned_m, turned_v, gradient, rows, 0.01, 0.9, 0.99, 1e-8, 2)
+    assert all(torch.equal(x, y) for x, y in zip(state, turned, strict=True))
+
+
+def test_sparse_adam_with_no_row_only_decays() -> None:
+    p, m, v = torch.ones(3, 2), torch.ones(3, 2), torch.ones(3, 2)
+    sparse_adam(p, m, v, torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), 0.1, 0.5, 0.25, 1e-8, 1)
+    assert (p == 1).all()
+    assert (m == 0.5).all()
+    assert (v == 0.25).all()
