@@ -26,7 +26,7 @@ from lm_saes.dictionaries.rows import active_directions, valid_rows
 from lm_saes.dictionaries.sites import SitedDictionary, side_by_side
 from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import Code
-from lm_saes.latents.dense import Hidden
+from lm_saes.latents.hidden import Hidden
 from lm_saes.latents.linear import LayeredEncoder, LinearEncoder
 from lm_saes.losses.dead_latents import strongest
 

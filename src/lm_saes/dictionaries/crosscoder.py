@@ -24,7 +24,7 @@ from lm_saes.dictionaries.rows import active_directions, valid_rows
 from lm_saes.dictionaries.sites import SitedDictionary, side_by_side
 from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import Code
-from lm_saes.latents.dense import Hidden
+from lm_saes.latents.hidden import Hidden
 from lm_saes.latents.linear import LinearEncoder
 from lm_saes.losses.dead_latents import auxk
 
@@ -190,9 +190,21 @@ class CrossCoder(SitedDictionary):
 
     @torch.no_grad()
     def init_W_D_with_active_subspace(self, batch: Mapping[str, Any], d_active_subspace: int) -> None:
-        """`W_D[j] <- W_D[j][:, :m] U_m^T`, with the m directions of most variance of head j's (normalised) labels."""
+        """`W_D[j] <- W_D[j][:, :m] R_j U_j^T`, `U_j` the m directions of most variance of head j's (normalised) labels.
+
+        Each head's directions have signs and an order of their own, in which rows that are alike in all heads would
+        mean something else in each. So the rotation `R_j` (none for the first head) brings head j's coordinates of the
+        tokens closest to the first head's (the orthogonal Procrustes problem).
+        """
+        first_NM = None
         for W_FD, y in zip(self.W_D, self.prepare_label(batch), strict=True):
-            directions_MD = active_directions(valid_rows(y, batch), d_active_subspace)
+            y_ND = valid_rows(y, batch).float()
+            directions_MD = active_directions(y_ND, d_active_subspace)
+            if first_NM is None:
+                first_NM = (y_ND - y_ND.mean(0)) @ directions_MD.T
+            else:
+                left, _, right = torch.linalg.svd(first_NM.T @ (y_ND @ directions_MD.T))
+                directions_MD = left @ right @ directions_MD
             W_FD.copy_(W_FD[:, : len(directions_MD)] @ directions_MD.to(self.cfg.dtype))
 
     def dim_maps(self) -> dict[str, dict[str, int]]:

@@ -28,8 +28,8 @@ from lm_saes.dictionaries.rows import active_directions, flat_mask, hook_rows, v
 from lm_saes.errors import ConfigError, DataError
 from lm_saes.latents.attention import HeadNorm, attend, contexts, pattern, project, refuse_left_padding
 from lm_saes.latents.codes import Code
-from lm_saes.latents.dense import Hidden
 from lm_saes.latents.dense_select import select
+from lm_saes.latents.hidden import Hidden
 from lm_saes.losses.dead_latents import auxk
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from lm_saes.dictionaries.record import Record
 from lm_saes.dictionaries.rows import flat_mask, hook_rows, valid_rows
 from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import Code, DenseCode
-from lm_saes.latents.dense import Hidden
+from lm_saes.latents.hidden import Hidden
 from lm_saes.latents.linear import LinearEncoder, encode
 from lm_saes.latents.transforms import DENSITY_SCALE, Transforms, active_code
 from lm_saes.losses.dead_latents import strongest

@@ -24,7 +24,7 @@ from lm_saes.dictionaries.record import Record
 from lm_saes.dictionaries.rows import active_directions, flat_mask, hook_rows, valid_rows
 from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import Code
-from lm_saes.latents.dense import Hidden
+from lm_saes.latents.hidden import Hidden
 from lm_saes.latents.linear import LinearEncoder, encode
 from lm_saes.losses.dead_latents import auxk
 

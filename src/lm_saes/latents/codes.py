@@ -16,56 +16,36 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lm_saes.latents import kernels
 
-
-class EntryFunction(ABC):
-    """A function of one entry with `value(0) = 0` whose derivative follows from its value."""
-
-    @abstractmethod
-    def value(self, u: Tensor) -> Tensor:
-        """The function, differentiable."""
-
-    @abstractmethod
-    def value_(self, u: Tensor) -> Tensor:
-        """The function, in place."""
-
-    @abstractmethod
-    def slope_(self, value: Tensor) -> Tensor:
-        """The derivative where the function has this value, in place."""
-
-
-class Identity(EntryFunction):
-    """`u`."""
-
-    def value(self, u: Tensor) -> Tensor:
-        return u
-
-    def value_(self, u: Tensor) -> Tensor:
-        return u
-
-    def slope_(self, value: Tensor) -> Tensor:
-        return value.fill_(1)
+if TYPE_CHECKING:
+    from lm_saes.latents.hidden import Hidden
 
 
 @dataclass(frozen=True)
-class Tanh(EntryFunction):
-    """`tanh(c u)`."""
+class Identity:
+    """`u`, as a function of one entry."""
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return u
+
+
+@dataclass(frozen=True)
+class Tanh:
+    """`tanh(c u)`, as a function of one entry."""
 
     c: float
 
-    def value(self, u: Tensor) -> Tensor:
+    def __call__(self, u: Tensor) -> Tensor:
         return torch.tanh(self.c * u)
 
-    def value_(self, u: Tensor) -> Tensor:
-        return u.mul_(self.c).tanh_()
 
-    def slope_(self, value: Tensor) -> Tensor:
-        return value.square_().sub_(1).mul_(-self.c)
+EntryFunction = Identity | Tanh
 
 
 class Code(ABC):
@@ -74,6 +54,8 @@ class Code(ABC):
     n_rows: int
     n_latents: int
     n_sites: int = 1
+    hidden: Hidden | None = None
+    """The dense pre-activations that the code was selected from, where they were kept."""
     values: Tensor
     """The value of each entry: `[E]` if sparse, `[N, F]` if dense; differentiable."""
 
@@ -123,7 +105,7 @@ class Code(ABC):
 
     def latent_sums(self, function: EntryFunction, v_F: Tensor, mask_N: Tensor | None) -> Tensor:
         """`sum of function(v f)` over the rows in the mask: `[F]` (`[S, F]`); differentiable in the values and `v`."""
-        entries = function.value(self.values * self.at(v_F))
+        entries = function(self.values * self.at(v_F))
         return self._valid_sums(entries.to(torch.promote_types(entries.dtype, torch.float32)), mask_N)
 
     def _valid_sums(self, entries: Tensor, mask_N: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """Gradients of a large `[N, F]` tensor that its consumers hand over as recipes, not as tensors.
 
 A consumer's backward pass would write a gradient as large as the tensor, and autograd would add these up, pass after
-pass through memory. Instead each consumer leaves a recipe that adds its part to one block of columns; the producer's
+pass through memory. Instead each consumer leaves a recipe that adds its part to one block of latents; the producer's
 backward pass runs all of them block by block, while the block lies in the cache.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Recipe = Callable[[slice, Tensor], None]
-"""Adds a consumer's gradient of some columns to a block `[N, columns]`, in place."""
+"""Adds a consumer's gradient of some latents to their block `[J, N]`, in place."""
 
 
 class Deferred:

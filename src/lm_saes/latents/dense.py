@@ -9,23 +9,15 @@ Letters: N tokens, D width, F latents, J latents of one block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from lm_saes.latents.activations import ActivationFunction, threshold_gradient
-from lm_saes.latents.codes import Code, DenseCode, EntryFunction, Identity
-from lm_saes.latents.deferred import Deferred, Recipe
+from lm_saes.latents.blocks import EncoderGradients, Scratch, blocks, gather, pre_activations, weights
+from lm_saes.latents.codes import DenseCode, EntryFunction, Identity
+from lm_saes.latents.deferred import Deferred
+from lm_saes.latents.hidden import Hidden
 from lm_saes.latents.products import add_product, product, product_dtype
-
-if TYPE_CHECKING:
-    from lm_saes.latents.linear import LinearEncoder
-
-BLOCK_BYTES = 4 << 20
-"""Size of one block of latents of all tokens: a core's cache holds its share of a few of them."""
 
 
 def encode_dense(
@@ -39,35 +31,6 @@ def encode_dense(
     )  # type: ignore[misc]
     hidden = None if h_NF is None else Hidden(h_NF, hidden_recipes)
     return BlockwiseCode(f_NF, recipes, hidden, mask_N, counts_F, totals_F)
-
-
-@dataclass(frozen=True, eq=False)
-class Hidden:
-    """Dense pre-activations `h`, whose consumers may defer their gradients."""
-
-    values: Tensor
-    """`[N, F]`, differentiable."""
-    recipes: Deferred
-
-    @classmethod
-    def around(cls, h_NF: Tensor) -> Hidden:
-        """Any differentiable `h`."""
-        recipes = Deferred()
-        return cls(_Receive.apply(h_NF, recipes), recipes)  # type: ignore[arg-type]
-
-    @classmethod
-    def of(cls, code: Code, x_ND: Tensor, encoder: LinearEncoder) -> Hidden:
-        """The `h` that a code was selected from: kept by it, or made again."""
-        if isinstance(code, BlockwiseCode) and code.hidden is not None:
-            return code.hidden
-        if not encoder.is_plain:
-            return cls.around(encoder.pre_activations(x_ND))
-        recipes = Deferred()
-        return cls(_Hidden.apply(x_ND, encoder.W_DF, encoder.b_F, recipes), recipes)  # type: ignore[arg-type]
-
-    def shortfall_sums(self, theta_F: Tensor, scale_F: Tensor | None, mask_N: Tensor | None) -> Tensor:
-        """`sum over valid tokens of relu(theta - h scale)`: `[F]`, differentiable in `h`, `theta` and `scale`."""
-        return _ShortfallSums.apply(self.values, theta_F, scale_F, mask_N, self.recipes)  # type: ignore[return-value]
 
 
 class BlockwiseCode(DenseCode):
@@ -99,95 +62,38 @@ class _Encode(torch.autograd.Function):
     def forward(ctx, x_ND, W_DF, b_F, log_theta, scale_F, activation, mask_N, recipes, hidden_recipes):  # type: ignore[override]
         ctx.set_materialize_grads(False)
         above_F, low_F, high_F = activation.bounds(b_F, scale_F)
-        f_NF = b_F.new_empty(len(x_ND), len(b_F))
-        h_NF = None if low_F is None else torch.empty_like(f_NF)
-        counts_F, totals_F = torch.empty_like(b_F), torch.empty_like(b_F)
-        valid_N, zero = _weights(mask_N, f_NF), b_F.new_zeros(())
-        for columns, h_NJ in _pre_activations(x_ND, W_DF, b_F):
-            if h_NF is not None:
-                h_NF[:, columns] = h_NJ
-            f_NJ = torch.where(h_NJ > above_F[columns], h_NJ, zero, out=h_NJ)
-            f_NF[:, columns] = f_NJ
-            torch.mv(f_NJ.T, valid_N, out=totals_F[columns])
-            torch.mv(f_NJ.sign_().T, valid_N, out=counts_F[columns])
-        ctx.save_for_backward(x_ND, W_DF, log_theta, scale_F, f_NF, h_NF, low_F, high_F)
+        f_FN = b_F.new_empty(len(b_F), len(x_ND))
+        h_FN = None if low_F is None else torch.empty_like(f_FN)
+        counts_F, totals_F, valid_N = torch.empty_like(b_F), torch.empty_like(b_F), weights(mask_N, len(x_ND), b_F)
+        scratch = Scratch(b_F)
+        for some, h_JN in pre_activations(x_ND, W_DF, b_F, out_FN=h_FN):
+            active_JN = torch.gt(h_JN, above_F[some, None], out=scratch.block(*h_JN.shape))
+            torch.mv(active_JN, valid_N, out=counts_F[some])
+            torch.mv(torch.mul(h_JN, active_JN, out=f_FN[some]), valid_N, out=totals_F[some])
+        ctx.save_for_backward(x_ND, W_DF, log_theta, scale_F, f_FN, h_FN, low_F, high_F)
         ctx.deferred, ctx.window = (recipes, hidden_recipes), activation.window
         ctx.mark_non_differentiable(counts_F, totals_F)
-        return f_NF, h_NF, counts_F, totals_F
+        return f_FN.T, None if h_FN is None else h_FN.T, counts_F, totals_F
 
     @staticmethod
     def backward(ctx, df_NF, dh_NF, *_):  # type: ignore[override]
-        x_ND, W_DF, log_theta, scale_F, f_NF, h_NF, low_F, high_F = ctx.saved_tensors
+        x_ND, W_DF, log_theta, scale_F, f_FN, h_FN, low_F, high_F = ctx.saved_tensors
         recipes, hidden_recipes = (deferred.take() for deferred in ctx.deferred)
-        window_F = f_NF.new_zeros(f_NF.shape[1]) if low_F is not None else None
-        ones_N, zero = f_NF.new_ones(len(f_NF)), f_NF.new_zeros(())
-        sums = _EncoderGradients(x_ND, W_DF, f_NF.dtype, ctx.needs_input_grad[0])
-        for columns, g_NJ in _blocks(f_NF):
-            _gather(g_NJ, columns, df_NF, recipes)
-            if window_F is not None and h_NF is not None:
-                h_NJ = h_NF[:, columns]
-                within_NJ = (h_NJ > low_F[columns]) & (h_NJ < high_F[columns])
-                torch.mv(torch.where(within_NJ, g_NJ, zero).T, ones_N, out=window_F[columns])
-            torch.where(f_NF[:, columns] > 0, g_NJ, zero, out=g_NJ)
-            sums.add(columns, _gather(g_NJ, columns, dh_NF, hidden_recipes, fresh=False))
+        n_latents, n_tokens = f_FN.shape
+        window_F = None if low_F is None else torch.empty_like(low_F)
+        ones_N, memory = f_FN.new_ones(n_tokens), [Scratch(f_FN) for _ in range(3)]
+        sums = EncoderGradients(x_ND, W_DF, f_FN.dtype, ctx.needs_input_grad[0])
+        for some in blocks(n_latents, n_tokens, f_FN.dtype):
+            g_JN, one_JN, other_JN = (scratch.block(some.stop - some.start, n_tokens) for scratch in memory)
+            gather(g_JN, some, df_NF, recipes)
+            if window_F is not None and h_FN is not None:
+                torch.gt(h_FN[some], low_F[some, None], out=one_JN)
+                one_JN.mul_(torch.lt(h_FN[some], high_F[some, None], out=other_JN)).mul_(g_JN)
+                torch.mv(one_JN, ones_N, out=window_F[some])
+            g_JN.mul_(torch.sign(f_FN[some], out=one_JN))
+            sums.add(some, gather(g_JN, some, dh_NF, hidden_recipes, fresh=False))
         dtheta = None if window_F is None else threshold_gradient(window_F[None], log_theta, scale_F, ctx.window)
         return sums.dx_ND, sums.dW_FD.T, sums.db_F, dtheta, *[None] * 5
-
-
-class _Hidden(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_ND, W_DF, b_F, recipes):  # type: ignore[override]
-        ctx.set_materialize_grads(False)
-        h_NF = b_F.new_empty(len(x_ND), len(b_F))
-        for columns, h_NJ in _pre_activations(x_ND, W_DF, b_F):
-            h_NF[:, columns] = h_NJ
-        ctx.save_for_backward(x_ND, W_DF)
-        ctx.recipes, ctx.meta = recipes, h_NF.to("meta")
-        return h_NF
-
-    @staticmethod
-    def backward(ctx, dh_NF):  # type: ignore[override]
-        x_ND, W_DF = ctx.saved_tensors
-        sums = _EncoderGradients(x_ND, W_DF, ctx.meta.dtype, ctx.needs_input_grad[0])
-        recipes = ctx.recipes.take()
-        for columns, g_NJ in _blocks(ctx.meta, device=x_ND.device):
-            sums.add(columns, _gather(g_NJ, columns, dh_NF, recipes))
-        return sums.dx_ND, sums.dW_FD.T, sums.db_F, None
-
-
-class _Receive(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, h_NF, recipes):  # type: ignore[override]
-        ctx.set_materialize_grads(False)
-        ctx.recipes, ctx.meta, ctx.device = recipes, h_NF.to("meta"), h_NF.device
-        return h_NF.view_as(h_NF)
-
-    @staticmethod
-    def backward(ctx, dh_NF):  # type: ignore[override]
-        total_NF = torch.empty_like(ctx.meta, device=ctx.device)
-        recipes = ctx.recipes.take()
-        for columns, g_NJ in _blocks(total_NF):
-            total_NF[:, columns] = _gather(g_NJ, columns, dh_NF, recipes)
-        return total_NF, None
-
-
-class _EncoderGradients:
-    """Gradients of `x W + b`, block by block of latents; the weights' is made latent-major."""
-
-    def __init__(self, x_ND: Tensor, W_DF: Tensor, dtype: torch.dtype, of_input: bool) -> None:
-        self._dtype = product_dtype(x_ND)
-        self._x_ND, self._W_DF = x_ND.to(self._dtype), W_DF
-        self._ones_N = x_ND.new_ones(len(x_ND), dtype=dtype)
-        self.dW_FD = x_ND.new_empty(W_DF.shape[::-1], dtype=dtype)
-        self.db_F = x_ND.new_empty(W_DF.shape[1], dtype=dtype)
-        self.dx_ND = torch.zeros_like(x_ND) if of_input else None
-
-    def add(self, columns: slice, dh_NJ: Tensor) -> None:
-        torch.mv(dh_NJ.T, self._ones_N, out=self.db_F[columns])
-        dh_NJ = dh_NJ.to(self._dtype)
-        product(dh_NJ.T, self._x_ND, out=self.dW_FD[columns])
-        if self.dx_ND is not None:
-            add_product(dh_NJ, self._W_DF[:, columns].T.to(self._dtype), out=self.dx_ND)
 
 
 class _Decode(torch.autograd.Function):
@@ -203,7 +109,7 @@ class _Decode(torch.autograd.Function):
         f_NF, W_FD = ctx.saved_tensors
         dy_ND, W_low_FD = dy_ND.to(ctx.dtype), W_FD.to(ctx.dtype)
         if ctx.needs_input_grad[0]:
-            ctx.recipes.add(lambda columns, g_NJ: add_product(dy_ND, W_low_FD[columns].T, out=g_NJ))
+            ctx.recipes.add(lambda some, g_JN: add_product(W_low_FD[some], dy_ND.T, out=g_JN))
         dW_FD = None
         if ctx.needs_input_grad[1]:
             dW_FD = product(f_NF.to(ctx.dtype).T, dy_ND, out=torch.empty_like(W_FD))
@@ -211,19 +117,22 @@ class _Decode(torch.autograd.Function):
 
 
 class _LatentSums(torch.autograd.Function):
+    """Sums of `v f`, or of `t = tanh(c v f)`, whose slope is `c (1 - t^2)`."""
+
     @staticmethod
     def forward(ctx, f_NF, v_F, function, mask_N, code):  # type: ignore[override]
-        v_F = v_F.detach()
+        v_F, slopes_F = v_F.detach(), code.totals(mask_N)
         if isinstance(function, Identity):
-            slopes_F = code.totals(mask_N)
             sums_F = slopes_F * v_F
         else:
-            sums_F, slopes_F, valid_N = torch.empty_like(v_F), torch.empty_like(v_F), _weights(mask_N, f_NF)
-            for columns, u_NJ in _blocks(f_NF):
-                f_NJ = f_NF[:, columns]
-                value_NJ = function.value_(torch.mul(f_NJ, v_F[columns], out=u_NJ))
-                torch.mv(value_NJ.T, valid_N, out=sums_F[columns])
-                torch.mv(function.slope_(value_NJ).mul_(f_NJ).T, valid_N, out=slopes_F[columns])
+            valid_N, scratch = weights(mask_N, len(f_NF), f_NF), Scratch(f_NF)
+            sums_F, bent_F = torch.empty_like(v_F), torch.empty_like(v_F)
+            for some in blocks(len(v_F), len(f_NF), f_NF.dtype):
+                f_JN = f_NF.T[some]
+                t_JN = torch.mul(f_JN, function.c * v_F[some, None], out=scratch.block(*f_JN.shape)).tanh_()
+                torch.mv(t_JN, valid_N, out=sums_F[some])
+                torch.mv(t_JN.square_().mul_(f_JN), valid_N, out=bent_F[some])
+            slopes_F = function.c * (slopes_F - bent_F)
         ctx.save_for_backward(f_NF, v_F, slopes_F, mask_N)
         ctx.function, ctx.recipes = function, code.recipes
         return sums_F
@@ -231,82 +140,19 @@ class _LatentSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dsums_F):  # type: ignore[override]
         f_NF, v_F, slopes_F, mask_N = ctx.saved_tensors
-        function, valid_N, pull_F = ctx.function, _weights(mask_N, f_NF), dsums_F * v_F
+        function, valid_N, pull_F = ctx.function, weights(mask_N, len(f_NF), f_NF), dsums_F * v_F
+        scratch = Scratch(f_NF)
 
-        def recipe(columns: slice, g_NJ: Tensor) -> None:
-            if isinstance(function, Identity):
-                g_NJ.add_(pull_F[columns]) if mask_N is None else g_NJ.addr_(valid_N, pull_F[columns])
-                return
-            slope_NJ = function.slope_(function.value_(f_NF[:, columns] * v_F[columns]))
-            g_NJ.addcmul_(slope_NJ if mask_N is None else slope_NJ.mul_(valid_N[:, None]), pull_F[columns])
+        def straight(some: slice, g_JN: Tensor) -> None:
+            g_JN.add_(pull_F[some, None]) if mask_N is None else g_JN.addr_(pull_F[some], valid_N)
 
-        ctx.recipes.add(recipe)
+        def bent(some: slice, g_JN: Tensor) -> None:
+            slope_J1, t_JN = function.c * pull_F[some, None], scratch.block(*g_JN.shape)
+            torch.mul(f_NF.T[some], function.c * v_F[some, None], out=t_JN).tanh_().square_()
+            if mask_N is None:
+                g_JN.add_(slope_J1).addcmul_(t_JN, slope_J1, value=-1)
+            else:
+                g_JN.addcmul_(t_JN.sub_(1).mul_(valid_N), slope_J1, value=-1)
+
+        ctx.recipes.add(straight if isinstance(function, Identity) else bent)
         return None, dsums_F * slopes_F, None, None, None
-
-
-class _ShortfallSums(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, h_NF, theta_F, scale_F, mask_N, recipes):  # type: ignore[override]
-        theta_F = theta_F.detach().to(torch.promote_types(h_NF.dtype, torch.float32))
-        slopes_F = -torch.ones_like(theta_F) if scale_F is None else -scale_F.detach().to(theta_F.dtype)
-        sums_F, counts_F, valid_N = torch.empty_like(theta_F), torch.empty_like(theta_F), _weights(mask_N, h_NF)
-        valid_N = valid_N.to(theta_F.dtype)
-        for columns, _ in _blocks(h_NF):
-            short_NJ = torch.addcmul(theta_F[columns], h_NF[:, columns].to(theta_F.dtype), slopes_F[columns]).relu_()
-            torch.mv(short_NJ.T, valid_N, out=sums_F[columns])
-            torch.mv(short_NJ.sign_().T, valid_N, out=counts_F[columns])
-        ctx.save_for_backward(h_NF, theta_F, slopes_F, sums_F, counts_F, valid_N)
-        ctx.recipes, ctx.gated = recipes, scale_F is not None
-        return sums_F
-
-    @staticmethod
-    def backward(ctx, dsums_F):  # type: ignore[override]
-        h_NF, theta_F, slopes_F, sums_F, counts_F, valid_N = ctx.saved_tensors
-        pull_F = dsums_F * slopes_F
-
-        def recipe(columns: slice, g_NJ: Tensor) -> None:
-            short_NJ = torch.addcmul(theta_F[columns], h_NF[:, columns].to(theta_F.dtype), slopes_F[columns])
-            g_NJ.add_(short_NJ.relu_().sign_().mul_(valid_N[:, None]).mul_(pull_F[columns]))
-
-        ctx.recipes.add(recipe)
-        dscale_F = None
-        if ctx.gated:  # minus the sum of h over the entries that fall short, from their sum of theta - h scale
-            dscale_F = dsums_F * torch.where(slopes_F < 0, (sums_F - theta_F * counts_F) / -slopes_F, 0.0)
-        return None, dsums_F * counts_F, dscale_F, None, None
-
-
-def _pre_activations(x_ND: Tensor, W_DF: Tensor, b_F: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """`x W + b` in blocks of latents `[N, J]`, each overwritten by the next."""
-    dtype = product_dtype(x_ND)
-    x_ND = x_ND.to(dtype)
-    for columns, h_NJ in _blocks(b_F.expand(len(x_ND), -1)):
-        product(x_ND, W_DF[:, columns].to(dtype), out=h_NJ).add_(b_F[columns])
-        yield columns, h_NJ
-
-
-def _blocks(like_NF: Tensor, device: torch.device | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of columns of a tensor, each with the same scratch `[N, J]` (its contents are what they were)."""
-    n_rows, n_latents = like_NF.shape
-    width = min(n_latents, max(16, BLOCK_BYTES // (like_NF.element_size() * max(1, n_rows)) // 16 * 16))
-    scratch = torch.empty(n_rows * width, dtype=like_NF.dtype, device=device or like_NF.device)
-    for start in range(0, n_latents, width):
-        columns = slice(start, min(start + width, n_latents))
-        yield columns, scratch[: n_rows * (columns.stop - start)].view(n_rows, -1)
-
-
-def _gather(
-    g_NJ: Tensor, columns: slice, gradient_NF: Tensor | None, recipes: list[Recipe], fresh: bool = True
-) -> Tensor:
-    """A block of the gradient: what autograd brought and what the recipes add, in place of (or on top of) `g`."""
-    if fresh:
-        g_NJ.zero_() if gradient_NF is None else g_NJ.copy_(gradient_NF[:, columns])
-    elif gradient_NF is not None:
-        g_NJ += gradient_NF[:, columns]
-    for recipe in recipes:
-        recipe(columns, g_NJ)
-    return g_NJ
-
-
-def _weights(mask_N: Tensor | None, like_NF: Tensor) -> Tensor:
-    """The mask as numbers, `[N]`."""
-    return like_NF.new_ones(len(like_NF)) if mask_N is None else mask_N.to(like_NF.dtype)

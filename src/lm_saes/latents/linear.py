@@ -25,6 +25,9 @@ from lm_saes.latents.density import sparse_pays
 from lm_saes.latents.products import product, product_dtype, rows_at_once
 from lm_saes.latents.screening import screening_pays, top_in_full, top_products
 
+PROBE_TOKENS = 64
+"""So many tokens tell how dense a batch is."""
+
 
 @dataclass(frozen=True, eq=False)
 class LinearEncoder:
@@ -181,13 +184,14 @@ def encode(
     expected = activation.expected_entries(n_latents, n_sites)
     if dense is None and expected is not None:
         dense = not sparse_pays(expected, n_latents * density_scale)
-    refuse_above = density_scale if dense is None else None
-    picks = None if dense else _select(x_ND, encoder, activation, scale_SF, mask_N, refuse_above)
-    if picks is None and isinstance(encoder, LinearEncoder) and encoder.is_plain and activation.judges_entries:
+    elif dense is None:
+        dense = not _few_active(x_ND, encoder, activation, scale_SF, density_scale)
+    if dense and isinstance(encoder, LinearEncoder) and encoder.is_plain and activation.judges_entries:
         scale_F = None if scale_SF is None else scale_SF.view(-1)
         return encode_dense(x_ND, encoder.W_DF, encoder.b_F, activation, scale_F, mask_N)
-    if picks is None:
+    if dense:
         return DenseCode(activation.dense(encoder.pre_activations(x_ND), scale_SF, mask_N, n_sites), n_sites)
+    picks = _select(x_ND, encoder, activation, scale_SF, mask_N)
     values_E = _Attach.apply(
         x_ND, *encoder.parameters(), activation.log_threshold, scale_SF, activation.window, picks, encoder
     )
@@ -195,29 +199,29 @@ def encode(
 
 
 @torch.no_grad()
-def _select(
-    x_ND: Tensor,
-    encoder: Encoder,
-    activation: ActivationFunction,
-    scale_SF: Tensor | None,
-    mask_N: Tensor | None,
-    density_scale: float | None,
-) -> _Picks | None:
-    """Look at all blocks and keep what the activation function picks.
+def _few_active(
+    x_ND: Tensor, encoder: Encoder, activation: ActivationFunction, scale_SF: Tensor | None, density_scale: float
+) -> bool:
+    """Whether so few entries of some of the tokens are candidates that the sparse path is faster."""
+    some_ND = x_ND[:: max(1, len(x_ND) // PROBE_TOKENS)]
+    activation.begin(None, len(some_ND) * activation.rows_per_token(encoder.n_sites))
+    _, block = next(_blocks(some_ND, encoder, scale_SF))
+    s_BF = block.s_BSF.view(len(block.s_BSF) * activation.rows_per_token(encoder.n_sites), -1)
+    active = activation.candidates(s_BF, slice(0, len(s_BF))).count_nonzero()
+    return sparse_pays(float(active), s_BF.numel() * density_scale)
 
-    None if the first block is too dense to go on (with a `density_scale`; without one, it always goes on).
-    """
+
+@torch.no_grad()
+def _select(
+    x_ND: Tensor, encoder: Encoder, activation: ActivationFunction, scale_SF: Tensor | None, mask_N: Tensor | None
+) -> _Picks:
+    """Look at all blocks and keep what the activation function picks."""
     n_sites = encoder.n_sites
     if (best := _best_of_each_token(x_ND, encoder, activation, scale_SF)) is not None:
         return _assemble([best], activation, encoder)
     activation.begin(activation.mask_rows(mask_N, n_sites), len(x_ND) * activation.rows_per_token(n_sites))
     while True:
-        found: list[_Found] = []
-        for tokens, block in _blocks(x_ND, encoder, scale_SF):
-            found.append(_look(block, activation, tokens))
-            places = None if density_scale is None else block.s_BSF.numel() * density_scale
-            if tokens.start == 0 and places is not None and not sparse_pays(found[0].s_E.numel(), places):
-                return None
+        found = [_look(block, activation, tokens) for tokens, block in _blocks(x_ND, encoder, scale_SF)]
         try:
             return _assemble(found, activation, encoder)
         except Missed:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_saes.latents import dense
+from lm_saes.latents import blocks
 from lm_saes.latents.codes import DenseCode, Identity, Tanh
-from lm_saes.latents.dense import BlockwiseCode, Hidden
+from lm_saes.latents.dense import BlockwiseCode
+from lm_saes.latents.hidden import Hidden
 from lm_saes.latents.linear import LinearEncoder
 
 from .problems import Problem
@@ -14,7 +15,7 @@ from .problems import Problem
 
 @pytest.fixture(autouse=True)
 def narrow_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "BLOCK_BYTES", 8 * 13 * 16)  # 16 of 24 latents: the last block is short
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 8 * 13 * 16)  # 16 of 24 latents: the last block is short
 
 
 def blockwise(problem: Problem) -> BlockwiseCode:
