@@ -216,6 +216,11 @@ class BatchTopK(ActivationFunction):
         self._floor_P = threshold_P * self.margin if bool((threshold_P > 0).all()) else None
         self._misses = 0
 
+    def offer(self, mask_N: Tensor | None, n_rows: int) -> int:
+        """Announce candidates that hold the batch's largest: how many entries that are."""
+        self._mask_N, self._floor_P, self._budget = mask_N, None, self._pool_budget(mask_N, n_rows)
+        return self._budget
+
     def candidates(self, s_BF: Tensor, rows: slice) -> Tensor:
         if not self.training:
             return s_BF > self._of_rows(self.batch_topk_threshold, s_BF)

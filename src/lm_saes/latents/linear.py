@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from lm_saes.latents import kernels
-from lm_saes.latents.activations import ActivationFunction, Missed, TopK, threshold_gradient
+from lm_saes.latents.activations import ActivationFunction, Missed, threshold_gradient
 from lm_saes.latents.codes import Code, DenseCode, Pattern, SparseCode
 from lm_saes.latents.dense import encode_dense
 from lm_saes.latents.density import sparse_pays
+from lm_saes.latents.found import Found, find_best
 from lm_saes.latents.products import product, product_dtype, rows_at_once
-from lm_saes.latents.screening import screening_pays, top_in_full, top_products
 
 PROBE_TOKENS = 64
 """So many tokens tell how dense a batch is."""
@@ -217,8 +217,10 @@ def _select(
 ) -> _Picks:
     """Look at all blocks and keep what the activation function picks."""
     n_sites = encoder.n_sites
-    if (best := _best_of_each_token(x_ND, encoder, activation, scale_SF)) is not None:
-        return _assemble([best], activation, encoder)
+    if isinstance(encoder, LinearEncoder) and encoder.is_plain:
+        best = find_best(x_ND, encoder.W_DF, encoder.b_F, activation, scale_SF, mask_N)
+        if best is not None:
+            return _assemble([best], activation, encoder)
     activation.begin(activation.mask_rows(mask_N, n_sites), len(x_ND) * activation.rows_per_token(n_sites))
     while True:
         found = [_look(block, activation, tokens) for tokens, block in _blocks(x_ND, encoder, scale_SF)]
@@ -261,18 +263,7 @@ def _blocks(x_ND: Tensor, encoder: Encoder, scale_SF: Tensor | None) -> Iterator
         yield tokens, _Block(s if gate is None else s.mul_(gate), xW, gate)
 
 
-@dataclass(frozen=True, eq=False)
-class _Found:
-    lengths: Tensor
-    """Entries of each row (token, site)."""
-    indices: Tensor
-    """`site * F + latent` of each entry."""
-    s_E: Tensor
-    product_E: Tensor
-    gate_E: Tensor | None
-
-
-def _look(block: _Block, activation: ActivationFunction, tokens: slice) -> _Found:
+def _look(block: _Block, activation: ActivationFunction, tokens: slice) -> Found:
     """Read one block at the activation function's candidates."""
     n_tokens, n_sites, n_latents = block.s_BSF.shape
     per_token = activation.rows_per_token(n_sites)
@@ -296,30 +287,10 @@ def _look(block: _Block, activation: ActivationFunction, tokens: slice) -> _Foun
     source = flat // (n_sites * n_latents) * n_latents + flat % n_latents if shared else flat
     product_E = block.product_BSF.reshape(-1).index_select(0, source)
     gate_E = None if block.gate_BSF is None else block.gate_BSF.reshape(-1).index_select(0, source)
-    return _Found(lengths, indices.to(torch.int32), block.s_BSF.view(-1).index_select(0, flat), product_E, gate_E)
+    return Found(lengths, indices.to(torch.int32), block.s_BSF.view(-1).index_select(0, flat), product_E, gate_E)
 
 
-def _best_of_each_token(
-    x_ND: Tensor, encoder: Encoder, activation: ActivationFunction, scale_SF: Tensor | None
-) -> _Found | None:
-    """The k largest of each token, where it is these that the activation function looks at; `s` is never written."""
-    if not (isinstance(encoder, LinearEncoder) and encoder.is_plain and isinstance(activation, TopK)):
-        return None
-    scale_F, k = None if scale_SF is None else scale_SF.view(-1), min(activation.k, encoder.n_latents)
-    best = None
-    if screening_pays(x_ND, encoder.n_latents, k):
-        best = top_products(x_ND, encoder.W_DF, encoder.b_F, scale_F, k)
-    columns_Nk, products_Nk = best or top_in_full(x_ND, encoder.W_DF, encoder.b_F, scale_F, k)
-    activation.offer(columns_Nk)
-    columns_E, products_E = columns_Nk.view(-1), products_Nk.view(-1)
-    s_E = products_E + encoder.b_F.index_select(0, columns_E)
-    if scale_F is not None:
-        s_E = s_E * scale_F.index_select(0, columns_E)
-    lengths = torch.full((len(x_ND),), columns_Nk.shape[1], device=x_ND.device)
-    return _Found(lengths, columns_E.to(torch.int32), s_E, products_E, None)
-
-
-def _assemble(found: list[_Found], activation: ActivationFunction, encoder: Encoder) -> _Picks:
+def _assemble(found: list[Found], activation: ActivationFunction, encoder: Encoder) -> _Picks:
     """Join the blocks and decide which entries are active."""
     n_latents = encoder.n_latents
     s_E = torch.cat([f.s_E for f in found])

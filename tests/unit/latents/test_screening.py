@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_saes.latents import linear, screening
+from lm_saes.latents import bounds, screening
+from lm_saes.latents.bounds import Bounds
 from lm_saes.latents.codes import SparseCode
 from lm_saes.latents.linear import LinearEncoder, encode
-from lm_saes.latents.screening import top_products
+from lm_saes.latents.screening import batch_products, top_products
 
 from .problems import activation
 
@@ -44,7 +45,7 @@ def wanted(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, scale_F: Tensor | None, k: i
 @pytest.mark.parametrize("gated", [False, True])
 def test_screening_is_exact(monkeypatch: pytest.MonkeyPatch, kind: str, gated: bool) -> None:
     monkeypatch.setattr(screening, "WORTH_WHILE", 1.0)  # go on, however many rows fail
-    monkeypatch.setattr(screening, "BLOCK_BYTES", 2 * 1040 * 130)  # several blocks of tokens
+    monkeypatch.setattr(bounds, "BLOCK_BYTES", 2 * 1040 * 130)  # several blocks of tokens
     x_ND, W_FD, b_F = problem(kind)
     scale_F = torch.linspace(0.3, 3, len(b_F)) if gated else None
     found = top_products(x_ND, W_FD.T, b_F, scale_F, k=16)
@@ -54,6 +55,31 @@ def test_screening_is_exact(monkeypatch: pytest.MonkeyPatch, kind: str, gated: b
     s_Nk = products_Nk + b_F[columns_Nk]
     kept = torch.zeros(len(x_ND), len(b_F), dtype=torch.bool).scatter_(1, columns_Nk, s_Nk > 0)
     assert torch.equal(kept, wanted(x_ND, W_FD, b_F, scale_F, 16))
+
+
+@pytest.mark.parametrize("kind", ["plain", "shifted", "negative", "few positive"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_screening_a_batch_is_exact(monkeypatch: pytest.MonkeyPatch, kind: str, gated: bool) -> None:
+    monkeypatch.setattr(bounds, "BLOCK_BYTES", 2 * 1040 * 130)
+    monkeypatch.setattr(screening, "BATCH_CANDIDATES", 3)  # whatever the bounds are worth: it has to succeed
+    x_ND, W_FD, b_F = problem(kind)
+    scale_F = torch.linspace(0.3, 3, len(b_F)) if gated else None
+    n = 16 * len(x_ND)
+    found = batch_products(x_ND, W_FD.T, b_F, scale_F, n)
+    assert found is not None
+    rows_E, columns_E, products_E, s_E = found
+    assert torch.equal(rows_E, rows_E.sort().values)
+    torch.testing.assert_close(products_E, (x_ND @ W_FD.T)[rows_E, columns_E], rtol=1e-4, atol=1e-4)
+    got = torch.zeros(len(x_ND), len(b_F), dtype=torch.bool)
+    got[rows_E[s_E > 0], columns_E[s_E > 0]] = True
+    s_NF = torch.addmm(b_F.double(), x_ND.double(), W_FD.T.double()) * (1 if scale_F is None else scale_F)
+    assert torch.equal(got, (s_NF > 0) & (s_NF >= s_NF.flatten().topk(n).values.amin()))
+
+
+def test_a_batch_that_bounds_cannot_settle_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screening, "BATCH_CANDIDATES", 0.5)  # too few to choose from
+    x_ND, W_FD, b_F = problem("plain")
+    assert batch_products(x_ND, W_FD.T, b_F, None, 16 * len(x_ND)) is None
 
 
 @pytest.mark.parametrize("n_latents", [40, 256, 1000])  # too few for groups; whole groups; a remainder
@@ -70,8 +96,8 @@ def test_bounds_hold() -> None:
     """No entry exceeds its bound, and bounds are not much above."""
     x_ND, W_FD, b_F = problem("shifted")
     scale_F = torch.linspace(0.3, 3, len(b_F))
-    screen = screening._Screen(x_ND, W_FD.T, b_F, scale_F)
-    bounds_NF = screen._x_NP.double() @ screen._W_FP.double().T
+    made = Bounds(x_ND, W_FD.T, b_F, scale_F)
+    bounds_NF = made._x_NP.double() @ made._W_FP.double().T
     above_NF = bounds_NF - torch.addmm(b_F.double(), x_ND.double(), W_FD.T.double()) * scale_F
     spread = torch.linalg.vector_norm(x_ND - x_ND.mean(0), dim=1)[:, None] * (W_FD.norm(dim=1) * scale_F)
     assert float(above_NF.min()) > 0
@@ -85,8 +111,8 @@ def test_bounds_hold_where_rounding_does_its_worst(rounded: str) -> None:
     exact = torch.sign(inexact - inexact.bfloat16())
     x_ND, W_FD = (exact, inexact) if rounded == "weights" else (inexact, exact)
     x_ND = torch.cat([x_ND[:32], -x_ND[:32]])  # of mean 0
-    screen = screening._Screen(x_ND, W_FD.T, torch.zeros(64), None)
-    bounds_NF = screen._x_NP.double() @ screen._W_FP.double().T
+    made = Bounds(x_ND, W_FD.T, torch.zeros(64), None)
+    bounds_NF = made._x_NP.double() @ made._W_FP.double().T
     assert float((bounds_NF - x_ND.double() @ W_FD.double().T).min()) >= 0
 
 
@@ -96,17 +122,22 @@ def test_rows_that_bounds_cannot_settle_are_counted_and_the_search_given_up() ->
     assert top_products(x_ND, W_FD.T, torch.zeros_like(b_F), None, k=16) is None
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
-def test_a_screened_encoder_is_the_plain_one(monkeypatch: pytest.MonkeyPatch, gated: bool) -> None:
+@pytest.mark.parametrize("act_fn", ["topk", "batchtopk"])
+def test_a_screened_encoder_is_the_plain_one(
+    monkeypatch: pytest.MonkeyPatch, act_fn: str, gated: bool, masked: bool
+) -> None:
     x_ND, W_FD, b_F = problem("plain")
     scale_F = torch.linspace(0.3, 3, len(b_F)) if gated else None
+    mask_N = torch.arange(len(x_ND)) % 3 != 1 if masked else None
     found: list[tuple[SparseCode, list[Tensor]]] = []
     for large in (0, 1 << 60):
         monkeypatch.setattr(screening, "LARGE", large)
         monkeypatch.setattr(screening, "cpu_computes_in", lambda dtype: True)
         W_DF, bias = W_FD.T.clone().requires_grad_(), b_F.clone().requires_grad_()
-        assert linear.screening_pays(x_ND, len(b_F), 16) == (large == 0)
-        code = encode(x_ND, LinearEncoder(W_DF, bias), activation("topk", len(b_F), top_k=16), scale_F, None)
+        assert screening.screening_pays(x_ND, len(b_F), 16) == (large == 0)
+        code = encode(x_ND, LinearEncoder(W_DF, bias), activation(act_fn, len(b_F), top_k=16), scale_F, mask_N)
         assert isinstance(code, SparseCode)
         code.decode(W_FD).square().sum().backward()
         assert W_DF.grad is not None and bias.grad is not None
