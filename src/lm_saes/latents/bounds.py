@@ -84,7 +84,9 @@ def loosened(bound: Tensor) -> Tensor:
 
 def segment_offsets(rows_E: Tensor, n_rows: int) -> Tensor:
     """Where each row's entries begin, `[n_rows + 1]` int32; entries lie by row."""
-    return torch.searchsorted(rows_E, torch.arange(n_rows + 1, dtype=rows_E.dtype), out_int32=True)
+    return torch.searchsorted(
+        rows_E, torch.arange(n_rows + 1, dtype=rows_E.dtype, device=rows_E.device), out_int32=True
+    )
 
 
 def _round(v_XD: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

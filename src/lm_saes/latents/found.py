@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from lm_saes.latents.activations import ActivationFunction, BatchTopK, TopK
-from lm_saes.latents.screening import batch_products, screening_pays, top_in_full, top_products
+from lm_saes.latents.bounds import segment_offsets
+from lm_saes.latents.screening import batch_products, products_in_full, screening_pays, top_in_full, top_products
+
+FEW_TOKENS = 16
+"""So many tokens' pre-activations are compared at a time: they stay in a core's cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +42,34 @@ def find_best(
         return _best_of_each_token(x_ND, W_DF, b_F, activation, scale_F)
     if isinstance(activation, BatchTopK) and activation.training and screening_pays(x_ND, len(b_F), activation.k):
         return _best_of_the_batch(x_ND, W_DF, b_F, activation, scale_F, mask_N)
+    if activation.judges_entries:
+        return _all_above(x_ND, W_DF, b_F, activation, scale_F)
     return None
+
+
+def _all_above(
+    x_ND: Tensor, W_DF: Tensor, b_F: Tensor, activation: ActivationFunction, scale_F: Tensor | None
+) -> Found:  # fmt: skip
+    """What exceeds its latent's bound, or lies in the window around it."""
+    above_F, low_F, _ = activation.bounds(b_F, scale_F)
+    least_F = (above_F if low_F is None or not activation.training else low_F) - b_F
+    places, products = list[Tensor](), list[Tensor]()
+    for start, product_BF in products_in_full(x_ND, W_DF, b_F):
+        flat_E = torch.cat(
+            [
+                (few_BF > least_F).view(-1).nonzero().squeeze(1).add_(i * FEW_TOKENS * len(b_F))
+                for i, few_BF in enumerate(product_BF.split(FEW_TOKENS))
+            ]
+        )
+        products.append(product_BF.view(-1).index_select(0, flat_E))
+        places.append(flat_E.add_(start * len(b_F)))
+    flat_E, products_E = torch.cat(places), torch.cat(products)
+    rows_E = flat_E // len(b_F)
+    columns_E = flat_E.sub_(rows_E * len(b_F)).to(torch.int32)
+    s_E = products_E + b_F.index_select(0, columns_E)
+    s_E = s_E if scale_F is None else s_E.mul_(scale_F.index_select(0, columns_E))
+    offsets = segment_offsets(rows_E, len(x_ND))
+    return Found(offsets[1:] - offsets[:-1], columns_E, s_E, products_E, None)
 
 
 def _best_of_each_token(

@@ -10,6 +10,7 @@ Letters: N tokens, B tokens of a block, D width, F latents, E entries, C candida
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -60,18 +61,25 @@ def top_products(
 
 
 def top_in_full(x_ND: Tensor, W_DF: Tensor, b_F: Tensor, scale_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """What `top_products` gives, from whole products in the type that autocast asks for, block by block."""
+    """What `top_products` gives, from whole products."""
+    shift_F = b_F if scale_F is None else b_F * scale_F
+    found: list[tuple[Tensor, Tensor]] = []
+    for _, product_BF in products_in_full(x_ND, W_DF, b_F):
+        columns_Bk = kernels.top_of_product(product_BF, scale_F, shift_F, k)
+        found.append((columns_Bk, product_BF.gather(1, columns_Bk)))
+    return torch.cat([c for c, _ in found]), torch.cat([p for _, p in found])
+
+
+def products_in_full(x_ND: Tensor, W_DF: Tensor, b_F: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """`x W` in blocks of tokens, each with the number of its first, computed in the type that autocast asks for and
+    written over the one before in the bias's."""
     dtype = product_dtype(x_ND)
     x_ND, W_DF = x_ND.to(dtype), W_DF.to(dtype)
-    shift_F = b_F if scale_F is None else b_F * scale_F
-    n_rows = max(1, rows_at_once(x_ND.device, b_F.element_size() * len(b_F)))
+    n_rows = rows_at_once(x_ND.device, b_F.element_size() * len(b_F))
     product_BF = b_F.new_empty(min(len(x_ND), n_rows), len(b_F))
-    found: list[tuple[Tensor, Tensor]] = []
-    for x_BD in x_ND.split(n_rows):
-        some_BF = product(x_BD, W_DF, out=product_BF[: len(x_BD)])
-        columns_Bk = kernels.top_of_product(some_BF, scale_F, shift_F, k)
-        found.append((columns_Bk, some_BF.gather(1, columns_Bk)))
-    return torch.cat([c for c, _ in found]), torch.cat([p for _, p in found])
+    for start in range(0, len(x_ND), n_rows):
+        x_BD = x_ND[start : start + n_rows]
+        yield start, product(x_BD, W_DF, out=product_BF[: len(x_BD)])
 
 
 @dataclass(frozen=True, eq=False)

@@ -99,6 +99,7 @@ def test_gradients_of_a_fixed_selection(monkeypatch: pytest.MonkeyPatch, glu: bo
     fixed = torch.rand(6, 8, generator=torch.Generator().manual_seed(2)) < 0.4
     turned_down = torch.arange(int(fixed.sum())) % 4 == 0  # entries of the code that are not kept
     relu = activation("relu", 8)
+    monkeypatch.setattr(relu, "judges_entries", False)
     monkeypatch.setattr(relu, "candidates", lambda s_BF, rows: fixed[rows])
     monkeypatch.setattr(relu, "settle", lambda s_E, sites_E: ~turned_down)
     monkeypatch.setattr(products, "BLOCK_BYTES", 4 * 8 * 4)
