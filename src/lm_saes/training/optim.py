@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lm_saes.errors import ConfigError
+from lm_saes.latents import kernels
 from lm_saes.training.config import TrainerConfig
 
 
@@ -35,21 +36,21 @@ class SparseAdam(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None and bool(p.grad.any()):
-                    self._update(p, group)
+                    self._update(p, p.grad, group)
         return loss
 
-    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         state["step"] += 1
-        t, (beta1, beta2) = float(state["step"]), group["betas"]
-        m, v = state["exp_avg"], state["exp_avg_sq"]
-        m.mul_(beta1).add_(p.grad, alpha=1 - beta1)
-        v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-        size = group["lr"] * (1 - beta2**t) ** 0.5 / (1 - beta1**t)
-        p.sub_(torch.where(p.grad != 0, size * m / (v.sqrt() + group["eps"]), 0.0))
+        order = _storage_order(p)
+        rows = torch.arange(p.shape[order[0]] if order else 1, device=p.device)
+        weights, m, v = (x.permute(order).view(len(rows), -1) for x in (p, state["exp_avg"], state["exp_avg_sq"]))
+        gradient = grad.permute(order).reshape(len(rows), -1)
+        (beta1, beta2), step = group["betas"], float(state["step"])
+        kernels.sparse_adam(weights, m, v, gradient, rows, group["lr"], beta1, beta2, group["eps"], step)
 
 
 class FusedAdam(torch.optim.Adam):
@@ -70,11 +71,16 @@ class FusedAdam(torch.optim.Adam):
         for i, p in enumerate(params):
             if grads[i].stride() != p.stride():
                 grads[i] = torch.empty_like(p).copy_(grads[i])
-            order = sorted(range(p.ndim), key=p.stride, reverse=True)
+            order = _storage_order(p)
             if not p.is_contiguous() and all(tensors[i].permute(order).is_contiguous() for tensors in lists):
                 for tensors in lists:
                     tensors[i] = tensors[i].permute(order)
         return result
+
+
+def _storage_order(p: Tensor) -> list[int]:
+    """The dimensions of a tensor in the order that they are stored in."""
+    return sorted(range(p.ndim), key=p.stride, reverse=True)
 
 
 def build_optimizer(cfg: TrainerConfig, dictionary: nn.Module) -> Optimizer:
