@@ -80,19 +80,20 @@ class _Encode(torch.autograd.Function):
         x_ND, W_DF, log_theta, scale_F, f_FN, h_FN, low_F, high_F = ctx.saved_tensors
         recipes, hidden_recipes = (deferred.take() for deferred in ctx.deferred)
         n_latents, n_tokens = f_FN.shape
-        window_F = None if low_F is None else torch.empty_like(low_F)
+        windowed = low_F is not None
+        window_F = f_FN.new_empty(n_latents)
         ones_N, memory = f_FN.new_ones(n_tokens), [Scratch(f_FN) for _ in range(3)]
         sums = EncoderGradients(x_ND, W_DF, f_FN.dtype, ctx.needs_input_grad[0])
         for some in blocks(n_latents, n_tokens, f_FN.dtype):
             g_JN, one_JN, other_JN = (scratch.block(some.stop - some.start, n_tokens) for scratch in memory)
             gather(g_JN, some, df_NF, recipes)
-            if window_F is not None and h_FN is not None:
-                torch.gt(h_FN[some], low_F[some, None], out=one_JN)
-                one_JN.mul_(torch.lt(h_FN[some], high_F[some, None], out=other_JN)).mul_(g_JN)
-                torch.mv(one_JN, ones_N, out=window_F[some])
+            if windowed:
+                h_JN, low_J1, high_J1 = h_FN[some], low_F[some, None], high_F[some, None]
+                within_JN = torch.gt(h_JN, low_J1, out=one_JN).mul_(torch.lt(h_JN, high_J1, out=other_JN))
+                torch.mv(within_JN.mul_(g_JN), ones_N, out=window_F[some])
             g_JN.mul_(torch.sign(f_FN[some], out=one_JN))
             sums.add(some, gather(g_JN, some, dh_NF, hidden_recipes, fresh=False))
-        dtheta = None if window_F is None else threshold_gradient(window_F[None], log_theta, scale_F, ctx.window)
+        dtheta = threshold_gradient(window_F[None], log_theta, scale_F, ctx.window) if windowed else None
         return sums.dx_ND, sums.dW_FD.T, sums.db_F, dtheta, *[None] * 5
 
 
