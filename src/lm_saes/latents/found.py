@@ -72,6 +72,25 @@ def _all_above(
     return Found(offsets[1:] - offsets[:-1], columns_E, s_E, products_E, None)
 
 
+def find_best_of_layers(
+    x_NSD: Tensor, W_SDF: Tensor, b_SF: Tensor, activation: ActivationFunction, scale_SF: Tensor | None
+) -> Found | None:
+    """The same where each site (layer) has its own inputs and weights; entries by token, then site."""
+    if not isinstance(activation, TopK) or activation.joins_sites:
+        return None
+    scales = [None] * len(W_SDF) if scale_SF is None else scale_SF.unbind()
+    layers = zip(x_NSD.unbind(1), W_SDF, b_SF, scales, strict=True)
+    found = [_best_of_each_token(x.contiguous(), W, b, activation, scale) for x, W, b, scale in layers]
+    n_tokens, n_latents = len(x_NSD), b_SF.shape[1]
+
+    def together(parts: list[Tensor]) -> Tensor:
+        return torch.stack([part.view(n_tokens, -1) for part in parts], 1).view(-1)
+
+    indices = together([f.indices + i * n_latents for i, f in enumerate(found)])
+    s_E, products_E = together([f.s_E for f in found]), together([f.product_E for f in found])
+    return Found(together([f.lengths for f in found]), indices, s_E, products_E, None)
+
+
 def _best_of_each_token(
     x_ND: Tensor, W_DF: Tensor, b_F: Tensor, activation: TopK, scale_F: Tensor | None
 ) -> Found:  # fmt: skip

@@ -22,7 +22,7 @@ from lm_saes.latents.activations import ActivationFunction, Missed, threshold_gr
 from lm_saes.latents.codes import Code, DenseCode, Pattern, SparseCode
 from lm_saes.latents.dense import encode_dense
 from lm_saes.latents.density import sparse_pays
-from lm_saes.latents.found import Found, find_best
+from lm_saes.latents.found import Found, find_best, find_best_of_layers
 from lm_saes.latents.products import product, product_dtype, rows_at_once
 
 PROBE_TOKENS = 64
@@ -217,10 +217,8 @@ def _select(
 ) -> _Picks:
     """Look at all blocks and keep what the activation function picks."""
     n_sites = encoder.n_sites
-    if isinstance(encoder, LinearEncoder) and encoder.is_plain:
-        best = find_best(x_ND, encoder.W_DF, encoder.b_F, activation, scale_SF, mask_N)
-        if best is not None:
-            return _assemble([best], activation, encoder)
+    if (best := _find_best(x_ND, encoder, activation, scale_SF, mask_N)) is not None:
+        return _assemble([best], activation, encoder)
     activation.begin(activation.mask_rows(mask_N, n_sites), len(x_ND) * activation.rows_per_token(n_sites))
     while True:
         found = [_look(block, activation, tokens) for tokens, block in _blocks(x_ND, encoder, scale_SF)]
@@ -228,6 +226,15 @@ def _select(
             return _assemble(found, activation, encoder)
         except Missed:
             continue
+
+
+def _find_best(
+    x_ND: Tensor, encoder: Encoder, activation: ActivationFunction, scale_SF: Tensor | None, mask_N: Tensor | None
+) -> Found | None:
+    if isinstance(encoder, LayeredEncoder):
+        x_NSD = x_ND.view(len(x_ND), encoder.n_sites, -1)
+        return find_best_of_layers(x_NSD, encoder.W_SDF, encoder.b_SF, activation, scale_SF)
+    return find_best(x_ND, encoder.W_DF, encoder.b_F, activation, scale_SF, mask_N) if encoder.is_plain else None
 
 
 @dataclass(frozen=True, eq=False)
