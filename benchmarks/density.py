@@ -1,12 +1,14 @@
 """At which density of active latents the sparse path stops paying: forward and backward of both, side by side.
 
     python benchmarks/density.py
+    python benchmarks/density.py --quick     a smoke test at small size
 
 `lm_saes.latents.density.SPARSE_BELOW` is set by what this prints.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 
@@ -33,10 +35,14 @@ def seconds(x: torch.Tensor, encoder: LinearEncoder, W_FD: torch.Tensor, activat
 
 def main() -> None:
     """Print the median times and their ratio for several densities."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small size: does it run?")
+    quick = parser.parse_args().quick
     keep_freed_memory()
     torch.manual_seed(0)
-    n_tokens, d_model, d_sae = 2048, 576, 9216
+    n_tokens, d_model = (128, 64) if quick else (2048, 576)
     cfg = build(SAEConfig, {"hook_point_in": "x", "hook_point_out": "x", "d_model": d_model, "expansion_factor": 16})
+    d_sae = cfg.d_sae
     activation = ReLU(cfg)
     x = torch.randn(n_tokens, d_model)
     W_FD = torch.randn(d_sae, d_model).div_(d_model**0.5).requires_grad_()
@@ -45,7 +51,9 @@ def main() -> None:
     for density in (0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12):
         bias = -(2**0.5) * torch.erfinv(torch.tensor(1 - 2 * density))
         encoder = LinearEncoder(W_DF, bias.expand(d_sae).clone().requires_grad_())
-        runs = [[seconds(x, encoder, W_FD, activation, dense) for dense in (False, True)] for _ in range(8)][2:]
+        runs = [
+            [seconds(x, encoder, W_FD, activation, dense) for dense in (False, True)] for _ in range(4 if quick else 8)
+        ][2:]
         sparse, dense = (statistics.median(times) for times in zip(*runs, strict=True))
         print(f"{density:>8.1%}{sparse * 1e3:>9.0f} ms{dense * 1e3:>9.0f} ms{sparse / dense:>14.2f}", flush=True)
 

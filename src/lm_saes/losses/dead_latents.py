@@ -32,6 +32,9 @@ def strongest(hidden_pre_ND: Tensor, norm_D: Tensor | None, k: int) -> Tensor:
     """The k largest positive `s = h norm` of each row keep their `h`; the rest is 0. Differentiable in `h`."""
     with torch.no_grad():
         s_ND = hidden_pre_ND if norm_D is None else hidden_pre_ND * norm_D
-        best = s_ND.topk(min(k, s_ND.shape[1]), dim=1, sorted=False)
-        kept_ND = torch.zeros_like(s_ND, dtype=torch.bool).scatter_(1, best.indices, best.values > 0)
-    return torch.where(kept_ND, hidden_pre_ND, 0.0)
+        kept_ND = torch.gt(s_ND, 0, out=torch.empty_like(s_ND))  # as numbers: masks and `where` are slow
+        crowded_X = (kept_ND.sum(1) > k).nonzero().squeeze(1)
+        if len(crowded_X):
+            best = s_ND[crowded_X].topk(k, dim=1, sorted=False)
+            kept_ND[crowded_X] = torch.zeros_like(s_ND[crowded_X]).scatter_(1, best.indices, 1.0)
+    return hidden_pre_ND * kept_ND
