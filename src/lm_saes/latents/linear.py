@@ -52,7 +52,9 @@ class LinearEncoder:
 
     def rows(self, latents: Tensor) -> LinearEncoder:
         """The encoder of some latents alone."""
-        chosen = [None if p is None else p.index_select(p.ndim - 1, latents) for p in self.parameters()]
+        chosen = [
+            None if p is None else p.movedim(-1, 0).index_select(0, latents).movedim(0, -1) for p in self.parameters()
+        ]
         return LinearEncoder(*chosen)  # type: ignore[arg-type]
 
     def parameters(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
