@@ -107,7 +107,8 @@ def main() -> None:
             fired_F += sae.record(batch).counts
     rows_FD = dict(sae.named_parameters())["W_D"].detach()
     best_A = (nnf.normalize(rows_FD, dim=1) @ known.atoms_AD.T).amax(0)
-    print(f"{given.act_fn}{' ungated' if given.ungated else ''} lr={lr:g} seed={given.seed} steps={steps}: FVU {error / total:.3f}, "
+    name = given.act_fn + (" ungated" if given.ungated else "")
+    print(f"{name} lr={lr:g} seed={given.seed} steps={steps}: FVU {error / total:.3f}, "
           f"atoms recovered {float((best_A > 0.9).float().mean()):.1%}, mean max cosine {float(best_A.mean()):.3f}, "
           f"dead {float((fired_F == 0).float().mean()):.1%}, {seconds:.0f} s")  # fmt: skip
 
