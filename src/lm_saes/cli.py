@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from lm_saes.errors import LMSaesError
+from lm_saes.errors import Interrupted, LMSaesError
 
 app = typer.Typer(
     name="lm-saes",
@@ -135,6 +135,33 @@ def evaluate(config: Config, overrides: Set = None) -> None:
 
 
 @app.command()
+def verify(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A run's directory, a checkpoint's, or a saved dictionary's.")
+    ],
+) -> None:
+    """Compare every file that was saved with its size and hash in manifest.json.
+
+    Prints a line for each file that is missing, torn or altered. Exit code: 0 if there is none, else 2.
+
+    \b
+    Examples:
+      lm-saes verify results/quickstart
+      lm-saes verify results/quickstart/checkpoints/step_733
+    """
+    with _mistakes_in_one_line():
+        from lm_saes.training.verify import verify as look
+
+        wrong, n_files, n_directories = look(directory)
+        for line in wrong:
+            typer.echo(line)
+        if wrong:
+            raise SystemExit(2)
+        where = "1 directory" if n_directories == 1 else f"{n_directories} directories"
+        typer.echo(f"{directory}: {n_files} files in {where} are as they were saved")
+
+
+@app.command()
 def settings(
     command: Annotated[
         Command, typer.Argument(metavar="COMMAND", help="The command whose settings to print.")
@@ -163,7 +190,7 @@ def settings(
 
 
 def main() -> None:
-    """Run the command and end the process: 0 done, 1 a bug (with traceback), 2 a user's mistake, 130 interrupted."""
+    """Run the command and end the process: 0 done, 1 a bug (with traceback), 2 a user's mistake, 128 + n signal n."""
     logging.basicConfig(format="lm-saes: %(message)s", handlers=[_Stderr()])
     logging.getLogger("lm_saes").setLevel(logging.INFO)
     try:
@@ -193,10 +220,16 @@ def _mistakes_in_one_line() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except Interrupted as error:
+        _fail(str(error), error.exit_code)
     except LMSaesError as error:
         _fail(str(error), 2)
     except (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
+    except OSError as error:
+        if not error.filename:
+            raise
+        _fail(f"{error.filename}: {error.strerror}", 2)
     except ValueError as error:
         from pydantic import ValidationError
 

@@ -19,3 +19,11 @@ class CheckpointError(LMSaesError, RuntimeError):
 
 class TrainingError(LMSaesError, RuntimeError):
     """A run that cannot go on, such as one whose loss is no longer finite."""
+
+
+class Interrupted(LMSaesError):
+    """A run that was asked to stop by a signal, and has saved."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from lm_saes.errors import ConfigError
 
 
 @contextmanager
@@ -17,6 +20,7 @@ def drafted(path: str | Path) -> Iterator[Path]:
     On an exception the draft is removed and what stood at `path` stays.
     """
     path = Path(path)
+    fresh = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
     remove(draft)
@@ -35,12 +39,77 @@ def drafted(path: str | Path) -> Iterator[Path]:
         remove(draft)
         raise
     fsync(path.parent)
+    if fresh:
+        fsync(path.parent.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a whole text file or leave the old one."""
     with drafted(path) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def made(directory: str | Path, keep: Callable[[], bool]) -> Iterator[None]:
+    """Within this, `directory` exists; on an exception, unless `keep()`, all that was put into it since is removed.
+
+    If it had to be made, it is then removed too, its parents included. What was there before stays.
+    """
+    directory = Path(directory)
+    fresh = _absent(directory)
+    before = set() if fresh else set(directory.iterdir())
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        if not keep():
+            for path in set(directory.iterdir()) - before if directory.is_dir() else ():
+                remove(path)
+            _remove_empty(fresh)
+        raise
+
+
+def check_writable(directory: str | Path, setting: str) -> None:
+    """Raise `ConfigError` if files cannot be written into `directory`, which need not exist; leaves nothing behind.
+
+    `setting` is the one that names the directory.
+    """
+    path, fresh = Path(directory), list[Path]()
+    try:
+        fresh = _absent(path)
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(prefix=".", dir=path).cleanup()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        shown = repr(str(directory)) if len(str(directory)) <= 200 else f"{str(directory)[:200]!r}..."
+        raise ConfigError(
+            f"{setting}={shown}: cannot be written to ({reason}); name a directory that can be"
+        ) from error
+    finally:
+        _remove_empty(fresh)
+
+
+def _absent(directory: Path) -> list[Path]:
+    """The directory and its parents as far as they do not exist, the innermost first."""
+    return [path for path in (directory, *directory.parents) if not os.path.exists(path)]
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    for path in directories:
+        if os.path.isdir(path) and not any(path.iterdir()):  # False too for names that no file system takes
+            path.rmdir()
+
+
+def inside(directory: str | Path, name: str) -> Path:
+    """The path of the file `name` of a directory, for names that were read from a file.
+
+    Raises:
+        ValueError: `name` is absolute, or leads out of the directory by `..` or by a symbolic link.
+    """
+    path = Path(directory, name)
+    if "\0" in name or not path.resolve().is_relative_to(Path(directory).resolve()):
+        raise ValueError(f"{name!r} leads out of the directory")
+    return path
 
 
 def sha256(path: str | Path) -> str:

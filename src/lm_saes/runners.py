@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import json
-import platform
+import logging
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import create_model
 
-from lm_saes.config import build
+from lm_saes.config import build, read_document
 from lm_saes.data.factory import ActivationFactory, ActivationFactoryDatasetSource
 from lm_saes.data.factory_config import ActivationFactoryConfig, ActivationFactoryTarget
 from lm_saes.data.language_model import LanguageModel, LanguageModelConfig, load_language_model
 from lm_saes.data.seeding import generator
 from lm_saes.data.stream import ActivationStream
-from lm_saes.data.text import DatasetConfig, load_dataset
+from lm_saes.data.text import DatasetConfig, TextDataset, load_dataset
 from lm_saes.data.writer import ActivationWriter
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
-from lm_saes.errors import ConfigError
+from lm_saes.errors import CheckpointError
 from lm_saes.evaluation.evaluator import EvalConfig, Evaluation, Evaluator, numbers, write_evaluation
-from lm_saes.files import write_text
+from lm_saes.files import check_writable, made, write_text
 from lm_saes.initializer import Initializer
 from lm_saes.memory import keep_freed_memory
+from lm_saes.preflight import check_first_batch, check_run
 from lm_saes.report.report import write_report
+from lm_saes.report.run import Run
 from lm_saes.settings import (
     EvaluateSAESettings,
     GenerateActivationsSettings,
@@ -41,8 +42,12 @@ from lm_saes.settings import (
     held_out,
 )
 from lm_saes.trainer import Trainer
-from lm_saes.training.checkpoint import saved_steps
+from lm_saes.training.checkpoint import STREAM, all_steps, find_checkpoint, put_back, read_json, read_run_id
 from lm_saes.training.loggers import ConsoleLogger, JsonlLogger, Loggers, TensorBoardLogger, WandbLogger
+from lm_saes.training.resume import refuse_changes, refuse_older_run
+from lm_saes.training.signals import stopping
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "EvaluateSAESettings",
@@ -92,41 +97,46 @@ def train_lorsa(settings: TrainLorsaSettings) -> AbstractSparseAutoEncoder:
 
 def _train(settings: TrainSettings) -> AbstractSparseAutoEncoder:
     run = Path(settings.trainer.exp_result_path)
-    trainer_cfg = settings.trainer.model_copy()
-    if settings.resume:
-        trainer_cfg.from_pretrained_path = trainer_cfg.from_pretrained_path or str(run)
-    elif saved_steps(run) or (run / "sae_weights.safetensors").exists():
-        raise ConfigError(
-            f"trainer.exp_result_path={str(run)!r}: holds a run already; resume it, remove it, or name another"
-        )
     cfg = settings.sae.model_copy(update={"device": settings.device_type})
-    if trainer_cfg.from_pretrained_path is None:
+    check_run(settings)
+    start = _checkpoint(settings, run)
+    trainer_cfg = settings.trainer.model_copy(update={"from_pretrained_path": start and str(start)})
+    if start is None:
         Initializer(settings.initializer).check(cfg)
+    read = [source.name for source in settings.activation_factory.dataset_sources]
+    texts = _open({name: settings.datasets[name] for name in read})
+    apart = _open(held_out(settings.datasets)) if settings.eval else {}
     model = None if settings.model is None else _load_model(settings.model, settings.device_type)
-    datasets = {source.name: settings.datasets[source.name] for source in _dataset_sources(settings)}
-    with _stream(settings.activation_factory, settings.seed, model, datasets) as stream:
+    trainer = Trainer(trainer_cfg)
+    with (
+        _stream(settings.activation_factory, settings.seed, model, texts) as stream,
+        made(run, keep=lambda: start is not None or trainer.cur_step > 0),
+    ):
+        if start is None:
+            check_first_batch(stream, cfg)
+        elif (start / STREAM).exists():  # else the run's batches came from elsewhere
+            stream.check_state(read_json(start / STREAM))
         _write_json(run / "settings.json", settings.to_json())
         torch.manual_seed(generator(settings.seed, "initialisation").initial_seed())
-        if trainer_cfg.from_pretrained_path is None:
+        if start is None:
             sae = Initializer(settings.initializer).initialize_sae_from_config(cfg, stream, model=model)
         else:
             sae = AbstractSparseAutoEncoder.from_config(cfg)
-        trainer = Trainer(trainer_cfg)
-        evaluation = _HeldOut(settings.eval, model, settings.datasets) if settings.eval and model else None
-        ended_early = trainer.fit(sae, stream, eval_fn=evaluation, loggers=_loggers(settings, run))
         read_by = {} if model is None else model.provenance()
         if settings.model_name is not None:
             read_by["model_name"] = settings.model_name
-        provenance = {"model": read_by, "data": stream.provenance()}
+        sae.provenance = {"name": settings.sae_name, "series": settings.sae_series, "model": read_by}
+        evaluation = _HeldOut(settings.eval, model, apart) if settings.eval and model else None
+        with stopping(trainer.stop):
+            ended_early = trainer.fit(sae, stream, eval_fn=evaluation, loggers=_loggers(settings, run, start))
     result: Evaluation = {}
     if evaluation:
         if ended_early or not evaluation.last:  # else the last step was evaluated
             evaluation(sae)
         result = evaluation.last
         write_evaluation(run, result)
-    names = {"name": settings.sae_name, "series": settings.sae_series}
-    progress = {"tokens": trainer.cur_tokens, "steps": trainer.cur_step, "metrics": numbers(result)}
-    _write_json(run / "provenance.json", {**names, **_versions(), **provenance, **progress})
+    sae.provenance |= {"metrics": numbers(result)}
+    sae.save_provenance(run)
     write_report(run)
     return sae
 
@@ -134,7 +144,7 @@ def _train(settings: TrainSettings) -> AbstractSparseAutoEncoder:
 class _HeldOut:
     """Evaluates on held-out text during training, and keeps the last result."""
 
-    def __init__(self, cfg: EvalConfig, model: LanguageModel, datasets: Mapping[str, DatasetConfig]) -> None:
+    def __init__(self, cfg: EvalConfig, model: LanguageModel, datasets: Mapping[str, TextDataset]) -> None:
         self.cfg, self.model, self.datasets = cfg, model, datasets
         self.last: Evaluation = {}
 
@@ -145,12 +155,11 @@ class _HeldOut:
 
 
 def evaluate_held_out(
-    sae: AbstractSparseAutoEncoder, cfg: EvalConfig, model: LanguageModel, datasets: Mapping[str, DatasetConfig]
+    sae: AbstractSparseAutoEncoder, cfg: EvalConfig, model: LanguageModel, datasets: Mapping[str, TextDataset]
 ) -> Evaluation:
-    """Measure a dictionary on the held-out documents of every dataset, as `model` reads them."""
-    apart = held_out(dict(datasets))
+    """Measure a dictionary on held-out documents, as `model` reads them."""
     factory = ActivationFactoryConfig(
-        sources=[ActivationFactoryDatasetSource(name=name) for name in apart],
+        sources=[ActivationFactoryDatasetSource(name=name) for name in datasets],
         target=ActivationFactoryTarget.ACTIVATIONS_2D,
         hook_points=sae.cfg.associated_hook_points,
         batch_size=cfg.batch_size,
@@ -158,7 +167,7 @@ def evaluate_held_out(
         context_size=min(cfg.context_size, model.max_length),
         num_workers=0,
     )
-    with _stream(factory, 0, model, apart) as stream:
+    with _stream(factory, 0, model, datasets) as stream:
         return Evaluator(cfg).evaluate(sae, stream, model)  # type: ignore[arg-type]
 
 
@@ -173,28 +182,43 @@ def generate_activations(settings: GenerateActivationsSettings) -> Path:
         TimeRemainingColumn,
     )
 
+    check_writable(settings.writer.cache_dir.absolute().parent, "writer.cache_dir")
+    datasets = _open(settings.datasets)
     model = load_language_model(settings.model)
-    with _stream(settings.activation_factory, settings.seed, model, settings.datasets) as stream, Progress(
-        TextColumn("tokens"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    ) as bar:  # fmt: skip
-        task = bar.add_task("tokens", total=settings.writer.total_generating_tokens)
-        writer = ActivationWriter(settings.writer)
-        return writer.process(stream, lambda done, total: bar.update(task, completed=done, total=total))
+    bar = Progress(TextColumn("tokens"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    task = bar.add_task("tokens", total=settings.writer.total_generating_tokens)
+
+    def show(done: int, total: int | None) -> None:
+        bar.start()  # not before there is a batch: until then, mistakes are told
+        bar.update(task, completed=done, total=total)
+
+    try:
+        with _stream(settings.activation_factory, settings.seed, model, datasets) as stream:
+            return ActivationWriter(settings.writer).process(stream, show)
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def evaluate_sae(settings: EvaluateSAESettings) -> dict[str, float]:
     """Measure a trained dictionary on held-out text; a run's directory also gets `evaluation.json` and a new report."""
+    sae = AbstractSparseAutoEncoder.from_pretrained(settings.sae)
+    _check_finite(sae, settings.sae)
+    is_run = (settings.sae / "metrics.jsonl").exists()
+    if is_run:
+        Run.read(settings.sae)  # what is wrong with it is told before anything is measured
+        check_writable(settings.sae, "sae")
     saved = settings.sae / "settings.json"
-    own = json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {}
-    train = None if not own else build(train_settings_class(own.get("sae", {}).get("sae_type")), own, f"{saved}: ")
+    own = read_document(saved) if saved.exists() else {}
+    train = build(train_settings_class(sae.cfg.sae_type), own, f"{saved}: ") if own else None
     model_cfg = settings.model or (train.model if train else None)
     datasets = settings.datasets if settings.datasets is not None else (train.datasets if train else {})
     cfg = settings.eval or (train.eval if train else None) or EvalConfig()
     check_evaluation(model_cfg, datasets)
     assert model_cfg is not None
-    sae = AbstractSparseAutoEncoder.from_pretrained(settings.sae)
-    result = evaluate_held_out(sae, cfg, load_language_model(model_cfg), datasets)
-    if (settings.sae / "metrics.jsonl").exists():
+    apart = _open(held_out(datasets))
+    result = evaluate_held_out(sae, cfg, load_language_model(model_cfg), apart)
+    if is_run:
         write_evaluation(settings.sae, result)
         write_report(settings.sae)
     return numbers(result)
@@ -236,14 +260,10 @@ def evaluate_from_config(data: dict[str, Any]) -> dict[str, float]:
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 
-def _dataset_sources(settings: TrainSettings) -> list[ActivationFactoryDatasetSource]:
-    sources = settings.activation_factory.dataset_sources
-    for source in sources:
-        if source.name not in settings.datasets:
-            raise ConfigError(
-                f"activation_factory.sources: no dataset {source.name!r}; datasets has {sorted(settings.datasets)}"
-            )
-    return sources
+def _check_finite(sae: AbstractSparseAutoEncoder, path: Path) -> None:
+    for name, parameter in sae.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise CheckpointError(f"{path}: {name} holds values that are not finite; give an earlier checkpoint")
 
 
 def _load_model(cfg: LanguageModelConfig, device: str) -> LanguageModel:
@@ -251,36 +271,41 @@ def _load_model(cfg: LanguageModelConfig, device: str) -> LanguageModel:
 
 
 def _stream(
-    cfg: ActivationFactoryConfig, seed: int, model: LanguageModel | None, datasets: Mapping[str, DatasetConfig]
+    cfg: ActivationFactoryConfig, seed: int, model: LanguageModel | None, datasets: Mapping[str, TextDataset]
 ) -> ActivationStream:
     data_seed = generator(seed, "data").initial_seed() >> 1
-    opened = {name: load_dataset(dataset) for name, dataset in datasets.items()}
-    return ActivationFactory(cfg, seed=data_seed).process(model=model, datasets=opened)
+    return ActivationFactory(cfg, seed=data_seed).process(model=model, datasets=datasets)
 
 
-def _loggers(settings: TrainSettings, run: Path) -> Loggers:
-    required: list[Any] = [ConsoleLogger()] if "console" in settings.loggers else []
-    required.append(JsonlLogger(run / "metrics.jsonl"))
-    optional: list[Any] = []
+def _open(datasets: Mapping[str, DatasetConfig]) -> dict[str, TextDataset]:
+    return {name: load_dataset(cfg) for name, cfg in datasets.items()}
+
+
+def _checkpoint(settings: TrainSettings, run: Path) -> Path | None:
+    """The checkpoint to go on from; None for a new run, which must not overwrite another."""
+    path = settings.trainer.from_pretrained_path
+    if settings.resume:
+        put_back(run)
+    killed_early = settings.resume and (run / "settings.json").exists() and not all_steps(run)
+    if path is None and (killed_early or not settings.resume):
+        refuse_older_run(run)
+        if killed_early:
+            log.warning("%s: was stopped before its first checkpoint; it starts at step 0", run)
+        return None
+    start = find_checkpoint(run if path is None else path)
+    refuse_older_run(run, start)
+    refuse_changes(start, settings.sae, settings.trainer)
+    return start
+
+
+def _loggers(settings: TrainSettings, run: Path, start: Path | None) -> Loggers:
+    optional: list[Any] = [ConsoleLogger()] if "console" in settings.loggers else []
     if "tensorboard" in settings.loggers:
         optional.append(TensorBoardLogger(run / "tensorboard"))
     if settings.wandb is not None:
-        resumed = None
-        if settings.resume and (steps := saved_steps(run)):
-            saved = list(steps.values())[-1] / "wandb_run_id.json"
-            resumed = json.loads(saved.read_text(encoding="utf-8"))["wandb_run_id"] if saved.exists() else None
+        resumed = None if start is None else read_run_id(start)
         optional.append(WandbLogger(settings.wandb, settings.to_json(), run, resume_id=resumed))
-    return Loggers(required, optional)
-
-
-def _versions() -> dict[str, Any]:
-    found = {}
-    for name in ("lm-saes", "torch", "transformers", "datasets", "safetensors", "numpy"):
-        try:
-            found[name.replace("-", "_")] = version(name)
-        except PackageNotFoundError:
-            found[name.replace("-", "_")] = None
-    return {**found, "python": platform.python_version()}
+    return Loggers([JsonlLogger(run / "metrics.jsonl")], optional)
 
 
 def _write_json(path: Path, value: Any) -> None:

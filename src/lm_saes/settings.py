@@ -9,7 +9,7 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from lm_saes.config import BaseConfig
 from lm_saes.data.factory import ActivationFactoryConfig
-from lm_saes.data.factory_config import ActivationFactoryTarget
+from lm_saes.data.factory_config import ActivationFactoryDatasetSource, ActivationFactoryTarget
 from lm_saes.data.language_model import LanguageModelConfig
 from lm_saes.data.text import DatasetConfig
 from lm_saes.data.writer import ActivationWriterConfig
@@ -84,6 +84,7 @@ class TrainSettings(BaseConfig):
         missing = set(self.sae.associated_hook_points) - set(self.activation_factory.hook_points)
         if missing:
             raise ValueError(f"activation_factory.hook_points: the dictionary also needs {sorted(missing)}; add it")
+        check_sources(self.activation_factory, self.datasets)
         if self.activation_factory.dataset_sources and self.model is None:
             raise ValueError("model: missing; a source of type 'dataset' is read by a language model")
         if self.eval is not None:
@@ -132,6 +133,9 @@ class TrainLorsaSettings(TrainSettings):
             raise ValueError(
                 f"activation_factory.target={target.value!r}: attention needs contexts; use activations-2d"
             )
+        size, longest = self.activation_factory.context_size, self.sae.n_ctx
+        if size is not None and size > longest:
+            raise ValueError(f"sae.n_ctx={longest}: below activation_factory.context_size={size}; raise it to {size}")
         return self
 
 
@@ -149,6 +153,17 @@ class GenerateActivationsSettings(BaseConfig):
     seed: int = 0
     """Fixes the order of the data."""
 
+    @model_validator(mode="after")
+    def _check(self) -> GenerateActivationsSettings:
+        if self.activation_factory.target == ActivationFactoryTarget.TOKENS:
+            raise ValueError(
+                "activation_factory.target='tokens': holds no activations; use activations-1d or activations-2d"
+            )
+        if missing := sorted(set(self.writer.hook_points) - set(self.activation_factory.hook_points)):
+            raise ValueError(f"writer.hook_points: activation_factory.hook_points lacks {missing}; add it there")
+        check_sources(self.activation_factory, self.datasets)
+        return self
+
 
 class EvaluateSAESettings(BaseConfig):
     """Measure a trained dictionary on held-out text. What is left out is taken from the run's own settings."""
@@ -161,6 +176,16 @@ class EvaluateSAESettings(BaseConfig):
     """Texts; their held-out parts are read."""
     eval: EvalConfig | None = None
     """How much to measure."""
+
+
+def check_sources(factory: ActivationFactoryConfig, datasets: dict[str, DatasetConfig]) -> None:
+    """Raise `ConfigError` unless every source of text is among the datasets."""
+    for place, source in enumerate(factory.sources):
+        if isinstance(source, ActivationFactoryDatasetSource) and source.name not in datasets:
+            raise ConfigError(
+                f"activation_factory.sources.{place}.name={source.name!r}: no dataset of that name; datasets has "
+                f"{sorted(datasets)}"
+            )
 
 
 def check_evaluation(model: LanguageModelConfig | None, datasets: dict[str, DatasetConfig]) -> None:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-import time
+import signal
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from lm_saes.data.batch import Batch, check_batch
 from lm_saes.data.peek import Peekable, Stateful, peekable
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
-from lm_saes.errors import ConfigError
-from lm_saes.metrics.base import Metric
-from lm_saes.training import checkpoint
+from lm_saes.errors import ConfigError, Interrupted
+from lm_saes.provenance import record, started_from
+from lm_saes.training import checkpoint, resume, saving
+from lm_saes.training.attributes import RunAttributes
 from lm_saes.training.config import TrainerConfig
 from lm_saes.training.dead_latents import fired_latents
 from lm_saes.training.faults import explain, not_finite
@@ -29,10 +29,11 @@ from lm_saes.training.run import Run
 __all__ = ["Trainer", "TrainerConfig"]
 log = logging.getLogger(__name__)
 
+_PROGRESS = ("cur_step", "cur_tokens", "skipped_steps", "reported")
 EvalFn = Callable[[AbstractSparseAutoEncoder], Mapping[str, float] | None]
 
 
-class Trainer:
+class Trainer(RunAttributes):
     """Trains a dictionary on a stream of activations.
 
     The order of a step: forward, loss and backward of each micro-batch, clip, optimizer, count, metrics; then report,
@@ -42,13 +43,14 @@ class Trainer:
     def __init__(self, cfg: TrainerConfig) -> None:
         self.cfg = cfg
         self.cur_step = self.cur_tokens = self.skipped_steps = 0
+        self.reported: dict[str, float] = {}
         self.wandb_run_id: str | None = None
         self._run: Run | None = None
         self._stream: Peekable | None = None
         self._stream_state: dict[str, Any] | None = None
         self._saved: Path | None = None
-
-    # -- the loop --------------------------------------------------------------------------------------------------
+        self._source: Path | None = None
+        self._stopped_by: signal.Signals | None = None
 
     def fit(
         self,
@@ -72,10 +74,14 @@ class Trainer:
             ConfigError: settings that do not fit this dictionary or stream.
             DataError: a batch that is not what it should be.
             TrainingError: a loss or gradient that is not finite.
+            Interrupted: `stop` was called, and the run has been saved.
         """
         stream = self._stream = peekable(activation_stream)
         run = self._prepare(sae, stream)
-        logger = Loggers([loggers] if loggers else [], [RunLogger(wandb_logger)] if wandb_logger is not None else [])
+        saving.announce(self.cfg, run, self.cur_step, self._position)
+        optional = [RunLogger(wandb_logger)] if wandb_logger is not None else list[Logger]()
+        required = [loggers] if isinstance(loggers, Loggers) else []
+        logger = Loggers(required, optional + ([loggers] if loggers and not required else []))
         logger.start(run.plan.total, self.cur_step)
         self.wandb_run_id = logger.run_id or self.wandb_run_id
         try:
@@ -90,7 +96,7 @@ class Trainer:
     def _loop(self, run: Run, stream: Peekable, eval_fn: EvalFn | None, logger: Logger) -> dict[str, float]:
         """Step, report, evaluate and save until the end; the last value of everything that was reported."""
         cfg, sae, summary = self.cfg, run.dictionary.train(), dict[str, float]()
-        saved = run.board.restart_clock()
+        timetable = saving.Timetable(cfg, run)
         while self.cur_step < run.plan.total and (batches := take(stream, cfg.gradient_accumulation_steps, sae.cfg)):
             self._update(run, batches)
             logger.advance(self.cur_step)
@@ -102,9 +108,12 @@ class Trainer:
             if report:
                 logger.report(self.cur_step, report)
                 summary |= report
-            if self.cur_step in run.plan.checkpoints or self._overdue(saved):
-                self.save_checkpoint(sae, cfg.exp_result_path)
-                saved = run.board.restart_clock()
+                self.reported |= report
+            if self._stopped_by is not None:
+                break
+            if timetable.due(self.cur_step):
+                self._try_to_save(run)
+                timetable.since = run.board.restart_clock()
         return summary
 
     def _update(self, run: Run, batches: list[Batch]) -> None:
@@ -130,20 +139,21 @@ class Trainer:
     def _due(self, frequency: int) -> bool:
         return self.cur_step % frequency == 0 or self.cur_step == self.total_training_steps
 
-    def _overdue(self, saved: float) -> bool:
-        return (
-            self.cfg.save_every_minutes is not None and time.perf_counter() - saved > 60 * self.cfg.save_every_minutes
-        )
-
     def _report(self, run: Run) -> dict[str, float]:
         skipped = {"details/skipped_steps": float(self.skipped_steps)} if self.skipped_steps else {}
         return run.board.report() | run.details(self.cur_step - 1, self.cur_tokens) | skipped
 
-    # -- beginning, end, state -------------------------------------------------------------------------------------
+    def stop(self, by: signal.Signals) -> None:
+        """Let a running `fit` finish its step, save a checkpoint, and raise `Interrupted`. Safe in a signal handler."""
+        self._stopped_by = by
 
     def _prepare(self, sae: AbstractSparseAutoEncoder, stream: Peekable) -> Run:
         if self._run is None and self.cfg.from_pretrained_path is not None:
             self._resume(sae, self.cfg.from_pretrained_path)
+        if self._run is None or self._source is not None:
+            resume.refuse_older_run(self.cfg.exp_result_path, self._source)
+            self._source = None
+        checkpoint.sweep(self.cfg.exp_result_path)
         if self._stream_state is not None and isinstance(stream, Stateful):
             stream.load_state_dict(self._stream_state)
         elif self.cur_step:
@@ -154,42 +164,62 @@ class Trainer:
                 raise ConfigError("activation_stream: yields no batch to train on")
             check_batch(first[0], widths(sae.cfg))
             self._run = Run.begin(self.cfg, sae, first[0]["tokens"].numel())
+            sae.provenance = started_from(sae.provenance)
         if self._run.dictionary is not sae:
             raise ConfigError("fit: this trainer has trained another dictionary; make a new Trainer for this one")
         return self._run
 
     def _finish(self, run: Run) -> bool:
         """Save the dictionary and, unless none are wanted, a last checkpoint; whether the stream ended early."""
-        ended_early = self.cur_step < run.plan.total
-        if ended_early:
+        ended_early, stopped_by = self.cur_step < run.plan.total, self._stopped_by
+        if ended_early and stopped_by is None:
             log.warning("the stream ended at step %d of %d; resume with more data", self.cur_step, run.plan.total)
-        if ended_early or self.cfg.n_checkpoints:
-            self.save_checkpoint(run.dictionary, self.cfg.exp_result_path)
-        run.dictionary.eval().save_pretrained(self.cfg.exp_result_path)
+        saved = self._try_to_save(run) if ended_early or self.cfg.n_checkpoints else False
+        if stopped_by is None or not ended_early:
+            self._sign(run.dictionary)
+            run.dictionary.eval().save_pretrained(self.cfg.exp_result_path)
+        if stopped_by is not None:
+            self._stopped_by = None
+            told = "saved, go on with --resume" if saved else "this step could not be saved"
+            message = f"{stopped_by.name}: stopped after step {self.cur_step} of {run.plan.total}; {told}"
+            raise Interrupted(message, stopped_by)
         return ended_early
 
     def _resume(self, sae: AbstractSparseAutoEncoder, path: str | Path) -> None:
-        directory = checkpoint.find_checkpoint(path)
-        progress = checkpoint.read_json(directory / "trainer.json")
-        run = Run.begin(self.cfg, sae, progress["batch_tokens"])
-        checkpoint.read_tensors(directory, sae, run.board, run.optimizer)
-        self._stream_state, self.wandb_run_id = checkpoint.read_stream(directory), checkpoint.read_run_id(directory)
-        self.cur_step, self.cur_tokens = progress["cur_step"], progress["cur_tokens"]
-        self.skipped_steps = progress["skipped_steps"]
-        self._run = run
+        found = resume.load(self.cfg, sae, path)
+        self._source = found.directory
+        self._run, self._stream_state, self.wandb_run_id = found.run, found.stream_state, found.wandb_run_id
+        for name in _PROGRESS:
+            setattr(self, name, found.progress.get(name, getattr(self, name)))
+
+    def _try_to_save(self, run: Run) -> bool:
+        """Save a checkpoint; what the disk has against it is logged, and does not end the run."""
+        try:
+            self.save_checkpoint(run.dictionary, self.cfg.exp_result_path)
+        except OSError as error:
+            log.error("step %d: the checkpoint could not be saved (%s); older ones are kept", self.cur_step, error)
+            return False
+        return True
 
     def save_checkpoint(self, sae: AbstractSparseAutoEncoder, path: Path | str) -> None:
         """Save everything that training goes on from to `path/checkpoints/step_{cur_step}/`, whole or not at all."""
         run = self._begun("save_checkpoint")
         directory = checkpoint.checkpoint_directory(path, self.cur_step)
         if directory != self._saved:
-            progress = {"cur_step": self.cur_step, "cur_tokens": self.cur_tokens, "skipped_steps": self.skipped_steps,
-                        "batch_tokens": run.plan.batch_tokens, "cfg": self.cfg.to_json()}  # fmt: skip
-            stream = self._stream.state_dict() if isinstance(self._stream, Stateful) else self._stream_state
-            checkpoint.write(directory, sae, run.board, run.optimizer, progress, stream, self.wandb_run_id)
+            progress = {name: getattr(self, name) for name in _PROGRESS}
+            progress |= {"batch_tokens": run.plan.batch_tokens, "cfg": self.cfg.to_json()}
+            self._sign(sae)
+            checkpoint.write(directory, sae, run.board, run.optimizer, progress, self._position(), self.wandb_run_id)
             self._saved = directory
         if self.cfg.keep_last is not None:
             checkpoint.prune(path, run.plan.checkpoints, self.cfg.keep_last)
+
+    def _sign(self, sae: AbstractSparseAutoEncoder) -> None:
+        """Write down in the dictionary what it has been trained on so far."""
+        sae.provenance = record(sae.provenance, self._stream, self.cfg, self.cur_step, self.cur_tokens, self.reported)
+
+    def _position(self) -> dict[str, Any] | None:
+        return self._stream.state_dict() if isinstance(self._stream, Stateful) else self._stream_state
 
     @classmethod
     def from_checkpoint(cls, sae: AbstractSparseAutoEncoder, checkpoint_path: str | Path) -> Self:
@@ -200,7 +230,7 @@ class Trainer:
             checkpoint_path: a step's directory, or a run's directory for its newest step.
         """
         directory = checkpoint.find_checkpoint(checkpoint_path)
-        trainer = cls(TrainerConfig.model_validate(checkpoint.read_json(directory / "trainer.json")["cfg"]))
+        trainer = cls(resume.saved_config(directory))
         trainer.cfg.from_pretrained_path = str(directory)
         trainer._resume(sae, directory)
         return trainer
@@ -218,33 +248,3 @@ class Trainer:
         if self._run is None:
             raise ConfigError(f"{what}: nothing was trained yet; call fit first")
         return self._run
-
-    @property
-    def total_training_steps(self) -> int:
-        """Steps of the whole run (0 until it is known)."""
-        return 0 if self._run is None else self._run.plan.total
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer | None:
-        """The optimizer, with one named group per parameter."""
-        return None if self._run is None else self._run.optimizer
-
-    @property
-    def scheduler(self) -> Callable[[int], float] | None:
-        """The learning rate's factor as a function of the completed updates."""
-        return None if self._run is None else self._run.plan.learning_rate_factor
-
-    @property
-    def metrics(self) -> list[Metric]:
-        """What is being measured."""
-        return [] if self._run is None else self._run.board.metrics
-
-    @property
-    def tokens_since_last_activation(self) -> Tensor | None:
-        """Valid tokens since each latent was last active."""
-        return None if self._run is None else self._run.board.dead.tokens_since_last_activation
-
-    @property
-    def is_dead(self) -> Tensor | None:
-        """Which latents are dead."""
-        return None if self._run is None else self._run.board.dead.is_dead

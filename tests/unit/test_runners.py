@@ -25,68 +25,17 @@ from lm_saes.errors import CheckpointError, ConfigError
 from lm_saes.runners import evaluate_from_config, generate_from_config, train_from_config
 from lm_saes.training.checkpoint import saved_steps
 
-HOOK = "blocks.0.hook_resid_post"
+from ..tiny_run import HOOK, KINDS, make_place, reading, training, training_of
+
 FILES = {
     "config.json", "sae_weights.safetensors", "settings.json", "metrics.jsonl", "provenance.json", "evaluation.json",
-    "latents.json", "report.html", "checkpoints",
+    "latents.json", "report.html", "manifest.json", "checkpoints",
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a random Llama of two layers (`model`) and 120 lines of words that it knows (`text.txt`)."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    place = tmp_path_factory.mktemp("place")
-    vocabulary = {"<s>": 0, "</s>": 1, "[unk]": 2} | {f"word{i}": i for i in range(3, 40)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[unk]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="[unk]"
-    ).save_pretrained(place / "model")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=32, initializer_range=0.5, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(place / "model")
-    tokens = torch.randint(3, 40, (120, 12), generator=torch.Generator().manual_seed(1))
-    lines = [" ".join(f"word{token}" for token in line) for line in tokens.tolist()]
-    (place / "text.txt").write_text("\n".join(lines) + "\n")
-    return place
-
-
-def reading(place: Path, hooks: list[str]) -> dict[str, Any]:
-    """What all commands share: a model, a text with a fifth held out, and activations of single tokens."""
-    return {
-        "model": {"model_name": str(place / "model"), "dtype": "float32", "local_files_only": True},
-        "datasets": {
-            "words": {"dataset_name_or_path": str(place / "text.txt"), "held_out_fraction": 0.2, "part": "train"}
-        },
-        "activation_factory": {
-            "sources": [{"type": "dataset", "name": "words"}],
-            "target": "activations-1d",
-            "hook_points": hooks,
-            "batch_size": 64,
-            "context_size": 16,
-            "model_batch_size": 4,
-            "buffer_size": 256,
-            "num_workers": 0,
-        },
-    }
-
-
-def training(place: Path, run: Path, steps: int = 12, **trainer: Any) -> dict[str, Any]:
-    return reading(place, [HOOK]) | {
-        "sae": {"hook_point_in": HOOK, "hook_point_out": HOOK, "d_model": 16, "expansion_factor": 4,
-                "act_fn": "topk", "top_k": 4},
-        "trainer": {"total_training_tokens": steps * 64, "log_frequency": 4, "eval_frequency": 1000,
-                    "amp_dtype": "none", "lr": 1e-2, "lr_warm_up_steps": 0, "n_checkpoints": 2,
-                    "check_point_save_mode": "linear", "exp_result_path": str(run), **trainer},
-        "eval": {"max_tokens": 128, "downstream_tokens": 64, "context_size": 16, "batch_size": 4, "n_latents": 8},
-        "loggers": [],
-    }  # fmt: skip
+    return make_place(tmp_path_factory.mktemp("place"))
 
 
 def train(data: dict[str, Any]) -> SparseAutoEncoder:
@@ -229,33 +178,6 @@ def test_a_transcoder_of_an_mlp(place: Path, tmp_path: Path) -> None:
     assert evaluation["metrics/downstream_loss_ablated"] != evaluation["metrics/downstream_loss_original"]
 
 
-KINDS: dict[str, dict[str, Any]] = {
-    "sae": {"hook_point_in": HOOK, "hook_point_out": HOOK},
-    "crosscoder": {"hook_points": [HOOK, "blocks.1.hook_resid_post"]},
-    "clt": {"hook_points_in": ["blocks.0.ln2.hook_normalized"], "hook_points_out": ["blocks.0.hook_mlp_out"]},
-    "molt": {"hook_point_in": HOOK, "hook_point_out": HOOK, "rank_counts": {1: 10, 3: 6}},
-    "lorsa": {
-        "hook_point_in": "blocks.0.ln1.hook_normalized", "hook_point_out": "blocks.0.hook_attn_out",
-        "n_qk_heads": 2, "d_qk_head": 8, "rotary_dim": 8, "n_ctx": 16,
-    },
-}  # fmt: skip
-
-
-def training_of(kind: str, place: Path, run: Path, steps: int = 2) -> dict[str, Any]:
-    """A short run of a kind, without evaluation."""
-    data = training(place, run, steps=steps)
-    shape = {"d_model": 16, "act_fn": "topk", "top_k": 4, "norm_activation": "inference"}
-    data["sae"] = {"sae_type": kind, **shape, **({} if kind == "molt" else {"expansion_factor": 4}), **KINDS[kind]}
-    del data["eval"]
-    hooks = [hook for key, value in KINDS[kind].items() if "hook" in key
-             for hook in ([value] if isinstance(value, str) else value)]  # fmt: skip
-    data["activation_factory"]["hook_points"] = list(dict.fromkeys(hooks))
-    if kind == "lorsa":
-        del data["activation_factory"]["buffer_size"]
-        data["activation_factory"] |= {"target": "activations-2d", "batch_size": 4}
-    return data
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_can_be_repeated_from_the_settings_that_it_saved(place: Path, tmp_path: Path, kind: str) -> None:
     train_from_config(training_of(kind, place, tmp_path / "first"))
@@ -362,7 +284,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, change: dict[str, Any], message: 
 def test_a_dataset_that_is_not_described(place: Path, tmp_path: Path) -> None:
     data = training(place, tmp_path / "run")
     data["activation_factory"]["sources"][0]["name"] = "others"
-    with pytest.raises(ConfigError, match=r"no dataset 'others'; datasets has \['words'\]"):
+    with pytest.raises(ConfigError, match=r"sources.0.name='others': no dataset .*; datasets has \['words'\]"):
         train(data)
 
 

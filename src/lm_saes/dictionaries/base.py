@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from lm_saes.dictionaries.config import BaseSAEConfig
-from lm_saes.dictionaries.files import Stored, load_weights
+from lm_saes.dictionaries.files import Stored, load_weights, read_k, read_provenance
 from lm_saes.dictionaries.loss_result import LossResult
 from lm_saes.dictionaries.normalization import Normalizing
 from lm_saes.dictionaries.record import Record
 from lm_saes.dictionaries.selection import Selecting
-from lm_saes.errors import ConfigError
+from lm_saes.errors import CheckpointError, ConfigError
 from lm_saes.latents.axis import LatentAxis
 from lm_saes.latents.codes import Code
 from lm_saes.losses.objective import objective
@@ -261,13 +261,20 @@ class AbstractSparseAutoEncoder(Selecting, Normalizing, Stored, ABC):
         Args:
             fold_activation_scale: False keeps the dictionary as it was trained.
             strict_loading: whether missing and unexpected tensors are errors.
-            overrides: config fields to change (`device="cuda"`).
+            overrides: config fields to change (`device="cuda"`). Unless `top_k` is one, k is what it was when saved.
 
         Raises:
             CheckpointError: files are missing or do not fit together.
         """
         dictionary = cls.from_config(BaseSAEConfig.from_pretrained(path, **overrides), device_mesh)
-        dictionary.load_full_state_dict(load_weights(path), strict=strict_loading)
+        weights = load_weights(path)
+        try:
+            dictionary.load_full_state_dict(weights, strict=strict_loading)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        dictionary.provenance = read_provenance(path)
+        if dictionary.current_k is not None and "top_k" not in overrides:
+            dictionary.set_current_k(read_k(path) or dictionary.current_k)
         if fold_activation_scale:
             if dictionary.cfg.norm_activation == "dataset-wise":
                 dictionary.standardize_parameters_of_dataset_norm()

@@ -14,7 +14,9 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from lm_saes.config import LENIENT, BaseConfig, DType, describe
 from lm_saes.errors import CheckpointError, ConfigError
+from lm_saes.files import write_text
 from lm_saes.latents.activations import ActivationFunction
+from lm_saes.manifest import check_file
 
 ALL_ACTIVATIONS = frozenset({"relu", "topk", "batchtopk", "jumprelu", "layertopk", "batchlayertopk"})
 NormActivation = Literal["token-wise", "batch-wise", "dataset-wise", "inference"]
@@ -78,13 +80,13 @@ class BaseSAEConfig(BaseConfig):
         )
         old = ("use_triton_kernel", "sparsity_threshold_for_triton_spmm_kernel")
         self.warn_without_effect(old, "the sparse path is chosen automatically")
-        if "top_k" in function.config_fields and self.top_k > self.largest_k:
-            raise ValueError(
-                f"act_fn={self.act_fn!r}: top_k={self.top_k} exceeds the {self.largest_k} latents available"
-            )
         if self.d_sae < 1:
             raise ValueError(
                 f"expansion_factor={self.expansion_factor}: gives no latents at d_model={self.d_model}; raise it"
+            )
+        if "top_k" in function.config_fields and self.top_k > self.largest_k:
+            raise ValueError(
+                f"act_fn={self.act_fn!r}: top_k={self.top_k} exceeds the {self.largest_k} latents available"
             )
         return self
 
@@ -126,7 +128,7 @@ class BaseSAEConfig(BaseConfig):
 
     def save_hyperparameters(self, directory: str | Path) -> None:
         """Write `config.json` into `directory`."""
-        Path(directory, "config.json").write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+        write_text(Path(directory, "config.json"), json.dumps(self.to_json(), indent=2) + "\n")
 
     @classmethod
     def kind(cls, sae_type: Any) -> type[BaseSAEConfig]:
@@ -150,13 +152,20 @@ class BaseSAEConfig(BaseConfig):
             ConfigError: what it says, or an override, is not a config.
         """
         file = Path(path, "config.json")
+        check_file(path, file.name)
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file}: cannot be read as a dictionary's config ({error})") from error
+        except (OSError, ValueError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(
+                f"{file}: cannot be read as a dictionary's config ({reason}); give the directory of a run or of a "
+                "saved dictionary"
+            ) from error
         if not isinstance(data, dict):
             raise CheckpointError(f"{file}: holds no table of settings; is it a dictionary's config?")
         data |= overrides
+        if data.get("sae_type") is None:
+            raise ConfigError(f"{file}: sae_type=None: is not a dictionary's config; give the directory of one")
         try:
             return cls.kind(data.get("sae_type")).model_validate(data, context=LENIENT)
         except ValidationError as error:

@@ -1,21 +1,33 @@
-"""Dictionary files: `sae_weights.safetensors` and `config.json`; old weights in `.pt` are read as tensors only."""
+"""Dictionary files: `sae_weights.safetensors` and `config.json`; old weights in `.pt` are read as tensors only.
+
+`manifest.json` holds their sizes and hashes, `provenance.json` where the dictionary comes from; both may be absent. A k
+in use that is not the config's `top_k` (a k schedule that has not ended) is noted in the weights' metadata.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import re
+from abc import abstractmethod
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.errors import CheckpointError
-from lm_saes.files import drafted, share_as_usual
+from lm_saes.files import drafted, share_as_usual, write_text
+from lm_saes.manifest import MANIFEST, check_file, write_manifest
 
+CONFIG = "config.json"
 WEIGHTS = "sae_weights.safetensors"
+PROVENANCE = "provenance.json"
+_K = "current_k"
 _NORM_KEY = "dataset_average_activation_norm."
 _OPTIONAL_KEYS = frozenset({"activation_function.batch_topk_threshold"})
 
@@ -26,6 +38,13 @@ class Stored(nn.Module):
     cfg: BaseSAEConfig
     dataset_average_activation_norm: dict[str, float] | None
     selection_norm: Tensor | None
+    provenance: dict[str, Any] | None = None
+    """Where it comes from, as JSON values: versions, model, data, tokens, metrics; saved and loaded with it."""
+
+    @property
+    @abstractmethod
+    def current_k(self) -> int | None:
+        """The k that the top-k family uses now; None for other activation functions."""
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Every tensor that defines this dictionary, under its name in files."""
@@ -52,19 +71,37 @@ class Stored(nn.Module):
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Write the weights to one safetensors file."""
-        save_tensors(self.full_state_dict(), path)
+        scheduled = self.current_k not in (None, self.cfg.top_k)
+        save_tensors(self.full_state_dict(), path, {_K: str(self.current_k)} if scheduled else None)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `sae_weights.safetensors` and `config.json`, as trained (nothing folded)."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        self.save_checkpoint(Path(directory, WEIGHTS))
+        """Write weights, `config.json`, provenance and their manifest, as trained (nothing folded)."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / MANIFEST).unlink(missing_ok=True)  # else it would contradict the new files if one fails
+        self.save_checkpoint(directory / WEIGHTS)
         self.cfg.save_hyperparameters(directory)
+        self.save_provenance(directory)
+
+    def save_provenance(self, directory: str | Path) -> None:
+        """Write `provenance.json`, if there is any, and the manifest of the dictionary's files."""
+        file = Path(directory, PROVENANCE)
+        if self.provenance is None:
+            file.unlink(missing_ok=True)  # that of what lay here before
+        else:
+            write_text(file, json.dumps(self.provenance, indent=2) + "\n")
+        write_manifest(directory, [CONFIG, WEIGHTS, *([] if self.provenance is None else [PROVENANCE])])
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Write tensors to one safetensors file, whole or not at all."""
     with drafted(path) as draft:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, draft, metadata)
+        try:
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, draft, metadata)
+        except SafetensorError as error:  # which is no OSError even where the disk is full
+            if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         share_as_usual(draft)
 
 
@@ -77,7 +114,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); restore the file") from error
 
 
 def load_weights(directory: str | Path) -> dict[str, Tensor]:
@@ -90,6 +127,7 @@ def load_weights(directory: str | Path) -> dict[str, Tensor]:
     if directory.is_file():
         return load_tensors(directory)
     if (directory / WEIGHTS).exists():
+        check_file(directory, WEIGHTS)
         return load_tensors(directory / WEIGHTS)
     old = directory / "sae_weights.pt"
     if not old.exists():
@@ -98,7 +136,8 @@ def load_weights(directory: str | Path) -> dict[str, Tensor]:
         loaded: Any = torch.load(old, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(
-            f"{old}: cannot be read as plain tensors ({' '.join(str(error).split())[:200]})"
+            f"{old}: cannot be read as plain tensors ({' '.join(str(error).split())[:200]}); what else it holds is not "
+            "loaded, as it could run code: save its tensors as safetensors where you trust it"
         ) from error
     loaded = loaded.get("sae", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
@@ -121,3 +160,30 @@ def check_fit(
         raise CheckpointError(
             f"weights: missing {missing}, unexpected {unexpected}; pass strict_loading=False to ignore"
         )
+
+
+def read_k(directory: str | Path) -> int | None:
+    """The k that was in use when a dictionary was saved, where that was not yet its config's `top_k`."""
+    weights = Path(directory, WEIGHTS)
+    if not weights.exists():
+        return None
+    with safe_open(weights, framework="pt") as file:
+        k = (file.metadata() or {}).get(_K)
+    if k is not None and not (k.isascii() and k.isdigit() and int(k) > 0):
+        raise CheckpointError(f"{weights}: {_K}={k!r} is not a number of latents; save the dictionary again")
+    return None if k is None else int(k)
+
+
+def read_provenance(directory: str | Path) -> dict[str, Any] | None:
+    """What `provenance.json` says; None if there is none."""
+    file = Path(directory, PROVENANCE)
+    if not file.exists():
+        return None
+    check_file(directory, PROVENANCE)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}); remove it to do without") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file}: holds a {type(found).__name__}, not a table; remove it to do without")
+    return found

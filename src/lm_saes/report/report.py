@@ -10,6 +10,9 @@ from lm_saes.files import write_text
 from lm_saes.report.figures import curve_charts, downstream_chart, frequency_chart
 from lm_saes.report.run import Run
 
+_TOLD_ELSEWHERE = frozenset({"metrics", "training_metrics", "trainer"})
+"""Of the provenance, what the report's other tables have."""
+
 
 @dataclass(frozen=True)
 class Card:
@@ -174,7 +177,7 @@ def _tables(run: Run) -> list[dict[str, Any]]:
         ("Held-out metrics", _flat(run.evaluation)),
         ("Training metrics, last reported", _flat(final)),
         ("Settings", _flat(run.settings or run.config)),
-        ("Versions and provenance", _flat({k: v for k, v in run.provenance.items() if k != "metrics"})),
+        ("Versions and provenance", _flat({k: v for k, v in run.provenance.items() if k not in _TOLD_ELSEWHERE})),
     ]
     return [{"title": title, "rows": rows} for title, rows in parts if rows]
 

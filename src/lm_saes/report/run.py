@@ -82,7 +82,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"report: {path} is not JSON ({error}); restore it or remove it") from error
     if not isinstance(content, dict):
         raise DataError(f"report: {path} holds a {type(content).__name__}, not an object; restore it or remove it")
@@ -94,13 +94,17 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         raise DataError(f"report: {path} does not exist; give the directory of a run (trainer.exp_result_path)")
     rows: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines(keepends=True), start=1):
+    try:
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+    except UnicodeDecodeError as error:
+        raise DataError(f"report: {path} is not UTF-8 text ({error.reason}); restore it") from error
+    for number, line in enumerate(lines, start=1):
         if not line.endswith("\n"):
             break
         try:
             row = json.loads(line)
             rows[row["step"]] = row
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise DataError(
                 f"report: {path}, line {number} is not a training report ({error}); remove the line"
             ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
@@ -14,10 +15,14 @@ from torch import Tensor
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.files import WEIGHTS, load_tensors, load_weights, save_tensors
 from lm_saes.errors import CheckpointError
-from lm_saes.files import drafted, remove, sha256
+from lm_saes.files import drafted, remove
+from lm_saes.manifest import problems, write_manifest
 from lm_saes.metrics.board import Board
 
-MANIFEST = "manifest.json"
+log = logging.getLogger(__name__)
+
+PROGRESS = "trainer.json"
+STREAM = "stream.json"
 _TENSOR = "__tensor__"
 
 
@@ -26,49 +31,45 @@ def checkpoint_directory(run: str | Path, step: int) -> Path:
     return Path(run) / "checkpoints" / f"step_{step}"
 
 
-def saved_steps(run: str | Path) -> dict[int, Path]:
-    """The whole checkpoints of a run by step, ascending."""
+def all_steps(run: str | Path) -> dict[int, Path]:
+    """The checkpoints of a run by step, ascending, whole or not."""
     found = {}
     for path in Path(run, "checkpoints").glob("step_*"):
-        if (match := re.fullmatch(r"step_(\d+)", path.name)) and not _missing(path):
+        if match := re.fullmatch(r"step_(\d+)", path.name):
             found[int(match[1])] = path
     return dict(sorted(found.items()))
+
+
+def saved_steps(run: str | Path) -> dict[int, Path]:
+    """The checkpoints of a run by step, ascending, whose files all have their sizes."""
+    return {step: path for step, path in all_steps(run).items() if not problems(path, hashes=False)}
 
 
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint that `path` means: a step's directory itself, or the newest whole one of a run's directory.
 
+    Every file is read and compared with the manifest. Of a run's directory, newer checkpoints that are torn or altered
+    are named in a warning and passed over.
+
     Raises:
         CheckpointError: there is none.
     """
     path = Path(path)
-    if (path / MANIFEST).exists() or path.parent.name == "checkpoints":
-        if missing := _missing(path):
-            raise CheckpointError(f"from_pretrained_path={str(path)!r}: torn, {missing}; use an older checkpoint")
+    where = f"from_pretrained_path={str(path)!r}"
+    if (path / PROGRESS).exists() or (path.parent.name == "checkpoints" and re.fullmatch(r"step_\d+", path.name)):
+        if wrong := problems(path, whole=True):
+            raise CheckpointError(f"{where}: torn, {'; '.join(wrong)}; use an older checkpoint")
         return path
-    steps = saved_steps(path)
-    if not steps:
-        raise CheckpointError(
-            f"from_pretrained_path={str(path)!r}: holds no whole checkpoint; give a run's or a step's directory"
-        )
-    return list(steps.values())[-1]
-
-
-def _missing(path: Path) -> str:
-    """What a step directory lacks to be whole; nothing (an empty string) if every file has its size."""
-    if not (path / MANIFEST).is_file():
-        return f"{MANIFEST} is missing"
-    for name, entry in read_json(path / MANIFEST)["files"].items():
-        size = (path / name).stat().st_size if (path / name).is_file() else None
-        if size != entry["size"]:
-            return f"{name} is missing" if size is None else f"{name} has {size} bytes, not {entry['size']}"
-    return ""
-
-
-def _check_hashes(path: Path) -> None:
-    for name, entry in read_json(path / MANIFEST)["files"].items():
-        if sha256(path / name) != entry["sha256"]:
-            raise CheckpointError(f"{path / name}: altered since it was saved; use an older checkpoint")
+    put_back(path)
+    passed_over = {}
+    for step in reversed(all_steps(path).values()):
+        if not (wrong := problems(step, whole=True)):
+            for name, reason in passed_over.items():
+                log.warning("%s: torn, %s; going on from %s instead", name, reason, step.name)
+            return step
+        passed_over[step] = "; ".join(wrong)
+    torn = "".join(f" ({name.name}: {reason})" for name, reason in passed_over.items())
+    raise CheckpointError(f"{where}: holds no whole checkpoint{torn}; give a run's or a step's directory")
 
 
 def write(
@@ -84,18 +85,17 @@ def write(
     with drafted(path) as draft:
         draft.mkdir()
         sae.save_pretrained(draft)
-        _write_json(draft / "trainer.json", progress)
+        _write_json(draft / PROGRESS, progress)
         save_tensors({"rng.cpu": torch.get_rng_state(), **dict(board.tensors())}, draft / "state.safetensors")
         save_tensors(dict(_optimizer_tensors(optimizer)), draft / "optimizer.safetensors")
         if stream_state is not None:
             values, tensors = split_tensors(stream_state)
-            _write_json(draft / "stream.json", values)
+            _write_json(draft / STREAM, values)
             if tensors:
                 save_tensors(tensors, draft / "stream.safetensors")
         if wandb_run_id is not None:
             _write_json(draft / "wandb_run_id.json", {"wandb_run_id": wandb_run_id})
-        files = {f.name: {"size": f.stat().st_size, "sha256": sha256(f)} for f in sorted(draft.iterdir())}
-        _write_json(draft / MANIFEST, {"files": files})
+        write_manifest(draft)
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -110,7 +110,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
 
 
@@ -118,15 +118,8 @@ def read_tensors(path: Path, sae: AbstractSparseAutoEncoder, board: Board, optim
     """Put dictionary, statistics, random generator and optimizer back to where the checkpoint was made.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, was altered or is another dictionary's, or this one was folded.
+        CheckpointError: the checkpoint cannot be read or is another dictionary's.
     """
-    _check_hashes(path)
-    trained = read_json(path / "config.json")["norm_activation"]
-    if sae.cfg.norm_activation != trained:
-        raise CheckpointError(
-            f"{path}: the dictionary has norm_activation={sae.cfg.norm_activation!r} but was trained with {trained!r}; "
-            "load it with from_pretrained(..., fold_activation_scale=False)"
-        )
     sae.load_full_state_dict(load_weights(path / WEIGHTS))
     tensors = load_tensors(path / "state.safetensors")
     torch.set_rng_state(tensors.pop("rng.cpu"))
@@ -136,10 +129,10 @@ def read_tensors(path: Path, sae: AbstractSparseAutoEncoder, board: Board, optim
 
 def read_stream(path: Path) -> dict[str, Any] | None:
     """The saved position of the data stream, if it had one."""
-    if not (path / "stream.json").exists():
+    if not (path / STREAM).exists():
         return None
     tensors = load_tensors(path / "stream.safetensors") if (path / "stream.safetensors").exists() else {}
-    return join_tensors(read_json(path / "stream.json"), tensors)
+    return join_tensors(read_json(path / STREAM), tensors)
 
 
 def read_run_id(path: Path) -> str | None:
@@ -148,11 +141,28 @@ def read_run_id(path: Path) -> str | None:
     return read_json(file)["wandb_run_id"] if file.exists() else None
 
 
+def put_back(run: str | Path) -> None:
+    """Give a checkpoint its name back that was being replaced when the run was killed."""
+    for old in Path(run, "checkpoints").glob(".step_*.old"):
+        place = old.with_name(old.name[1 : -len(".old")])
+        if not place.exists():
+            old.rename(place)
+
+
+def sweep(run: str | Path) -> None:
+    """Remove what a kill in the middle of a save has left."""
+    put_back(run)
+    for left in [*Path(run, "checkpoints").glob(".step_*.old"), *Path(run, "checkpoints").glob(".step_*.draft")]:
+        remove(left)
+
+
 def prune(run: str | Path, scheduled: Set[int], keep_last: int) -> None:
     """Remove all but the newest `keep_last` of the checkpoints that are not scheduled."""
     extra = [path for step, path in saved_steps(run).items() if step not in scheduled]
     for path in extra[:-keep_last]:
-        remove(path)
+        doomed = path.with_name(f".{path.name}.draft")  # a kill in the middle leaves no torn checkpoint
+        remove(doomed)
+        remove(path.rename(doomed))
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:

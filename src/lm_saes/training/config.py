@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -12,6 +12,7 @@ from lm_saes.config import BaseConfig, DType
 from lm_saes.losses.sparsity import find_sparsity_loss
 
 Steps = int | float
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainerConfig(BaseConfig):
@@ -56,7 +57,7 @@ class TrainerConfig(BaseConfig):
     """Batches per optimizer step."""
     lr: float | dict[str, float] = 4e-4
     """Learning rate; or rates by parameter or group name (`others`, `jumprelu`), with `default` for the rest."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of Adam's moments."""
     optimizer_class: Literal["adam", "sparseadam"] = "adam"
     """`adam`, or `sparseadam`: weights and moments change only where the gradient is not zero."""
@@ -91,7 +92,7 @@ class TrainerConfig(BaseConfig):
     """Spacing of the checkpoints."""
     from_pretrained_path: str | None = None
     """Checkpoint to resume from: a step's directory, or a run's directory for its newest."""
-    exp_result_path: str = "results"
+    exp_result_path: str = Field(default="results", min_length=1)
     """Directory that the run writes to."""
     save_every_minutes: float | None = Field(default=None, gt=0)
     """Besides the scheduled checkpoints, save this often (None: do not)."""

@@ -22,10 +22,11 @@ THRESHOLD = "activation_function.batch_topk_threshold"
 
 
 def trained(directory: Path, **settings: Any) -> SparseAutoEncoder:
-    """A random dataset-wise transcoder, saved in `directory`."""
+    """A random dataset-wise transcoder, saved in `directory` as before there were manifests: files may be changed."""
     sae = random_sae(sae_config(True, **({"norm_activation": "dataset-wise"} | settings)))
     sae.set_dataset_average_activation_norm({IN: 3.0, OUT: 5.0})
     sae.save_pretrained(directory)
+    (directory / "manifest.json").unlink()
     return sae
 
 

@@ -268,9 +268,43 @@ def test_a_required_logger_that_fails_ends_the_run(fails_at: str) -> None:
         drive(Loggers([Recorder(fails_at)]))
 
 
-def test_an_optional_logger_that_cannot_start_is_an_error() -> None:
+def test_an_optional_logger_that_cannot_start_is_an_error_of_a_new_run_only(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(OSError, match="start"):
-        drive(Loggers([], optional=[Recorder("start")]))
+        Loggers([], optional=[Recorder("start")]).start(10, 0)
+    bad, good = Recorder("start"), Recorder()
+    drive(Loggers([good], optional=[bad]))  # from step 3 on
+    assert good.calls == EVERYTHING and bad.calls == EVERYTHING[:1]
+    assert caplog.messages == ["Recorder failed and is left out from here on: OSError: start is broken"]
+
+
+def test_reports_wait_while_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """/dev/full is a disk that is always full; the first line was half written when it became so."""
+    logger = JsonlLogger(tmp_path / "metrics.jsonl")
+    logger.start(10, 0)
+    disk = logger._file
+    assert disk is not None
+
+    class Full:
+        room = 7
+
+        def write(self, data: bytes) -> int:
+            if not self.room:
+                return full.write(data)
+            written, self.room = disk.write(data[: self.room]), 0
+            return written
+
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(logger, "_file", Full())
+        logger.report(1, {"a": 1.0})
+        logger.report(2, {"a": 2.0})
+    assert len(caplog.messages) == 1 and "cannot be written ([Errno 28]" in caplog.messages[0]
+    monkeypatch.setattr(logger, "_file", disk)
+    logger.report(3, {"a": 3.0})
+    logger.close({})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["a"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
 def test_closing_closes_all_even_when_one_fails() -> None:

@@ -83,7 +83,7 @@ WRONG: list[tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = [
     (lambda b: b | {HOOK: b[HOOK][:9]}, rf"'{HOOK}' has shape \[9, 8\]; wanted \[16, 8\]"),
     (lambda b: b | {HOOK: b[HOOK].index_fill(0, torch.tensor([3]), torch.nan)}, f"'{HOOK}' .* non-finite"),
     (lambda b: b | {HOOK: b[HOOK].index_fill(1, torch.tensor([3]), torch.inf)}, f"'{HOOK}' .* non-finite"),
-    (lambda b: b | {"mask": torch.ones(7)}, r"'mask' is shape \[7\]; wanted shape \[16\]"),
+    (lambda b: b | {"mask": torch.ones(7)}, r"'mask' is shape \[7\]; give it the shape of 'tokens', \[16\]"),
     (lambda b: b | {"mask": torch.zeros(16)}, "masks every token"),
     (lambda b: {name: t[:0] for name, t in b.items()}, "is empty"),
 ]

@@ -33,7 +33,8 @@ class Loggers:
     """Several loggers as one.
 
     What goes wrong in a required logger ends the run. An optional one (W&B, TensorBoard) that fails after it has
-    started is reported once as a warning and dropped; that it cannot start is an error, for then nothing is lost yet.
+    started is reported once as a warning and dropped. That it cannot start is an error of a new run, for then nothing
+    is lost yet; a resumed run goes on without it.
     """
 
     def __init__(self, required: Sequence[Logger], optional: Sequence[Logger] = ()) -> None:
@@ -47,7 +48,12 @@ class Loggers:
         return next((run_id for run_id in found if run_id), None)
 
     def start(self, total_steps: int, step: int) -> None:
-        for logger in (*self._optional, *self._required):
+        for logger in tuple(self._optional):
+            if step:
+                self._try(logger, lambda logger: logger.start(total_steps, step))
+            else:
+                logger.start(total_steps, step)
+        for logger in self._required:
             logger.start(total_steps, step)
 
     def advance(self, step: int) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from lm_saes.errors import DataError
 from lm_saes.files import write_text
+
+_log = logging.getLogger(__name__)
 
 
 class JsonlLogger:
@@ -18,16 +21,19 @@ class JsonlLogger:
 
     `time` is in seconds since 1970. A resumed run goes on in its file after the step that it resumes from: lines of
     later steps, which it will write again, and a last line torn by a crash are dropped. A new run starts a new file.
+    A disk that is full does not end the run: the lines wait in memory, and are tried again with the next report.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._file: IO[str] | None = None
+        self._file: BinaryIO | None = None
+        self._waiting = b""
+        self._failed = False
 
     def start(self, total_steps: int, step: int) -> None:
         kept = _lines_up_to(step, self.path) if step > 0 and self.path.exists() else []
         write_text(self.path, "".join(kept))
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
 
     def advance(self, step: int) -> None:
         """Nothing: only reports are written."""
@@ -37,13 +43,28 @@ class JsonlLogger:
             raise RuntimeError("JsonlLogger.report was called before start")
         numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = json.dumps({"step": step, "time": round(time.time(), 3), **numbers}, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+        self._waiting += f"{line}\n".encode()
+        self._write(self._file)
 
     def close(self, summary: Mapping[str, float]) -> None:
         if self._file is not None:
+            self._write(self._file)
+            if self._waiting:
+                _log.error("%s: %d reports could not be written", self.path, self._waiting.count(b"\n"))
             self._file.close()
             self._file = None
+
+    def _write(self, file: BinaryIO) -> None:
+        """Write what is waiting; what does not fit stays."""
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[file.write(self._waiting) :]
+        except OSError as error:
+            if not self._failed:
+                _log.error("%s: cannot be written (%s); reports wait until it can", self.path, error)
+            self._failed = True
+        else:
+            self._failed = False
 
 
 def _lines_up_to(step: int, path: Path) -> list[str]:
