@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 DEMO := .cache/demo
 QUICKSTART := .cache/quickstart/activations
 
-.PHONY: help setup demo quickstart format check test test-long test-browser bench clean
+.PHONY: help setup demo quickstart format check test test-long test-browser bench bench-peers clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,7 +52,10 @@ test-browser: $(VENV)/.installed-dev ## open a report in headless Chromium (need
 	$(BIN)/python -m pytest -m browser tests/browser $(PYTEST_FLAGS)
 
 bench: $(VENV)/.installed-dev ## time a training step on this machine
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/step.py $(BENCH_FLAGS)
+
+bench-peers: $(VENV)/.installed-dev ## time it beside other tools, each installed in an environment of its own (8 GB)
+	$(BIN)/python benchmarks/peers/run.py --torch '$(TORCH)' $(BENCH_FLAGS)
 
 clean: ## remove the environment and everything that was fetched, generated or cached (not results/)
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis

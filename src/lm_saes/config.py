@@ -28,6 +28,7 @@ from pydantic import (
 from lm_saes.errors import ConfigError
 
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
+_FEW_KEYS = 20
 LENIENT = {"lenient": True}
 """Validation context for files written earlier, perhaps by other versions: what has no effect only warns."""
 
@@ -65,6 +66,7 @@ class BaseConfig(BaseModel):
         validate_default=False,
         use_attribute_docstrings=True,
         protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
     @model_validator(mode="before")
@@ -75,8 +77,11 @@ class BaseConfig(BaseModel):
             for key in data:
                 if key not in cls.model_fields:
                     near = difflib.get_close_matches(str(key), known, n=1)
-                    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+                    keys = ", ".join(known) if len(known) <= _FEW_KEYS else "`lm-saes settings` prints them"
+                    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {keys}"
                     raise ValueError(f"unknown key {key!r} in {cls.__name__}; {hint}")
+                if isinstance(data[key], bool) and _is_number(cls.model_fields[key].annotation):
+                    raise ValueError(f"{key}={data[key]}: must be a number, not a switch; write it in digits")
         return data
 
     def refuse_without_effect(self, fields: Iterable[str], reason: str, info: ValidationInfo | None = None) -> None:
@@ -137,9 +142,8 @@ def read_document(path: str | Path) -> dict[str, Any]:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(
-            f"config {path}: not valid {path.suffix[1:].upper()}: {' '.join(str(error).split())}"
-        ) from error
+        reason = _shortened(" ".join(str(error).split()), 200)
+        raise ConfigError(f"config {path}: not valid {path.suffix[1:].upper()}: {reason}; correct the file") from error
     if not isinstance(data, dict):
         raise ConfigError(f"config {path}: the top level must be a table of settings, not {type(data).__name__}")
     return cast(dict[str, Any], data)
@@ -201,7 +205,7 @@ def describe(error: ValidationError, data: Any = None) -> str:
     told = [errors[i] for i in members if paths[i] == deepest]
     message = "; or ".join(dict.fromkeys(map(_sentence, told)))
     value = told[0].get("input")
-    quiet = told[0]["type"] in _KINDS_THAT_SHOW_THE_VALUE or isinstance(value, (dict, list))
+    quiet = told[0]["type"] in _KINDS_THAT_SHOW_THE_VALUE or (isinstance(value, dict) and value)
     shown = "" if quiet else f" (got {_shortened(repr(value))})"
     others = len({path for i, path in enumerate(paths) if i not in members})
     more = f"; and {others} more mistake{'s' if others > 1 else ''}" if others else ""
@@ -227,7 +231,7 @@ def _sentence(item: Any) -> str:
     context = item.get("ctx", {})
     match item["type"]:
         case "missing":
-            return "required, but not set"
+            return "required, but not set; add it"
         case "union_tag_not_found":
             return f"{context['discriminator']} is not set; it says of which kind this is"
         case "union_tag_invalid":
@@ -235,13 +239,30 @@ def _sentence(item: Any) -> str:
             return f"{key}={context['tag']!r} is not known; use one of {context['expected_tags']}"
         case "model_type":
             return "must be a table of settings"
+        case "too_short":
+            return f"must have at least {context['min_length']} item{'s' if context['min_length'] > 1 else ''}"
+        case "too_long":
+            return f"must have at most {context['max_length']} items"
         case _:
             message = " ".join(item["msg"].removeprefix("Value error, ").split())
             return message.replace("Input should be", "must be", 1)
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
+def _shortened(text: str, n: int = 80) -> str:
+    return text if len(text) <= n else text[: n - 3] + "..."
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether a field takes numbers but no switch (`True` would count as 1)."""
+    parts = _parts(annotation)
+    return bool({int, float} & parts) and bool not in parts
+
+
+def _parts(annotation: Any) -> set[Any]:
+    """The types that may stand in a field's place, those of unions and annotations included."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union, Annotated):
+        return set().union(*map(_parts, typing.get_args(annotation)))
+    return {annotation} if isinstance(annotation, type) else set()
 
 
 def known_settings(cls: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str, str]]:

@@ -94,9 +94,20 @@ def keywords(call: ast.Call) -> dict[str, object]:
     return {word.arg: word.value.value for word in call.keywords if word.arg and isinstance(word.value, ast.Constant)}
 
 
+UNPICKLERS = (
+    "pickle", "cPickle", "_pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal", "jsonpickle",
+    "torch.jit", "torch.package", "torch.hub", "torch.serialization", "pandas.read_pickle",
+    "torch.load", "yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.Loader",
+    "yaml.UnsafeLoader", "yaml.FullLoader",
+    "torch.distributed.checkpoint.FileSystemReader", "torch.distributed.checkpoint.filesystem",
+)  # fmt: skip
+"""What unpickles, or makes objects that a file names. Of these, `torch.load` is allowed with `weights_only=True`."""
+RUNNERS = ("eval", "exec", "compile", "__import__")
+
+
 def nothing_is_unpickled(source: Source) -> Iterator[str]:
     for node, name in imported(source):
-        if any(within(name, module) for module in ("pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve")):
+        if any(within(name, module) for module in UNPICKLERS) and not isinstance(node, ast.Attribute):
             yield source.at(node, f"imports {name}")
     for node in ast.walk(source.tree):
         match node:
@@ -106,11 +117,26 @@ def nothing_is_unpickled(source: Source) -> Iterator[str]:
             case ast.Call(func=ast.Attribute(value=ast.Name(id="yaml"), attr=name)) if "load" in name:
                 if name not in ("safe_load", "safe_load_all"):
                     yield source.at(node, f"yaml.{name}")
+            case ast.Attribute(attr="read_pickle" | "FileSystemReader" | "add_safe_globals" as name):
+                yield source.at(node, name)
+            case ast.Attribute(value=ast.Name(id="torch"), attr="jit" | "package" | "hub" | "serialization" as name):
+                yield source.at(node, f"torch.{name}")
             case ast.keyword(arg="allow_pickle" | "trust_remote_code" as name):
                 if not (isinstance(node.value, ast.Constant) and node.value.value is False):
                     yield source.at(node.value, f"{name} that may be True")
-            case ast.Call(func=ast.Name(id="eval" | "exec" as name)):
+            case ast.Dict(keys=keys, values=values):
+                for key, value in zip(keys, values, strict=True):
+                    is_flag = isinstance(key, ast.Constant) and key.value in ("allow_pickle", "trust_remote_code")
+                    if is_flag and not (isinstance(value, ast.Constant) and value.value is False):
+                        yield source.at(node, "allow_pickle or trust_remote_code that may be True")
+            case ast.Call(func=ast.Name(id=name)) if name in RUNNERS:
                 yield source.at(node, f"{name}()")
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="builtins"), attr=name)) if name in RUNNERS:
+                yield source.at(node, f"{name}()")
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="os"), attr="system" | "popen" as name)):
+                yield source.at(node, f"os.{name}()")
+            case ast.keyword(arg="shell", value=ast.Constant(value=True)):
+                yield source.at(node.value, "shell=True")
 
 
 # --- habits ----------------------------------------------------------------------------------------------------------
@@ -185,7 +211,25 @@ def test_the_source_keeps_the_rule(rule: Rule) -> None:
         (nothing_is_unpickled, "a.py", "yaml.unsafe_load(text)"),
         (nothing_is_unpickled, "a.py", "numpy.load(path, allow_pickle=True)"),
         (nothing_is_unpickled, "a.py", "AutoModel.from_pretrained(name, trust_remote_code=flag)"),
+        (nothing_is_unpickled, "a.py", "AutoModel.from_pretrained(name, **{'trust_remote_code': True})"),
+        (nothing_is_unpickled, "a.py", "from torch import load"),
+        (nothing_is_unpickled, "a.py", "from torch.serialization import load"),
+        (nothing_is_unpickled, "a.py", "torch.serialization.load(path)"),
+        (nothing_is_unpickled, "a.py", "torch.jit.load(path)"),
+        (nothing_is_unpickled, "a.py", "serialization.add_safe_globals([Path])"),
+        (nothing_is_unpickled, "a.py", "from yaml import load"),
+        (nothing_is_unpickled, "a.py", "from yaml import UnsafeLoader"),
+        (nothing_is_unpickled, "a.py", "import marshal"),
+        (nothing_is_unpickled, "a.py", "import shelve"),
+        (nothing_is_unpickled, "a.py", "importlib.import_module('dill')"),
+        (nothing_is_unpickled, "a.py", "pandas.read_pickle(path)"),
+        (nothing_is_unpickled, "a.py", "from torch.distributed.checkpoint import FileSystemReader"),
+        (nothing_is_unpickled, "a.py", "dcp.load(state, storage_reader=dcp.FileSystemReader(path))"),
         (nothing_is_unpickled, "a.py", "eval(text)"),
+        (nothing_is_unpickled, "a.py", "builtins.exec(text)"),
+        (nothing_is_unpickled, "a.py", "__import__(name)"),
+        (nothing_is_unpickled, "a.py", "os.system(text)"),
+        (nothing_is_unpickled, "a.py", "subprocess.run(text, shell=True)"),
         (asserts_are_for_our_own_invariants, "a.py", "assert isinstance(x, int), 'no'"),
         (asserts_are_for_our_own_invariants, "a.py", "assert x and not isinstance(x, int)"),
         (accumulation_repeats_itself, "a.py", "x.index_put_((i,), v, accumulate=True)"),
@@ -213,6 +257,7 @@ def test_the_rule_sees_a_breach(rule: Rule, path: str, text: str) -> None:
         (files_are_short, "trainer.py", "x = 1\n" * 250),
         (nothing_is_unpickled, "a.py", "torch.load(path, weights_only=True)\nyaml.safe_load(text)"),
         (nothing_is_unpickled, "a.py", "AutoModel.from_pretrained(name, trust_remote_code=False)"),
+        (nothing_is_unpickled, "a.py", "subprocess.run(words)\nre.compile(text)\nmodel.eval()\njson.load(file)"),
         (asserts_are_for_our_own_invariants, "a.py", "assert len(rows) == n"),
         (accumulation_repeats_itself, "a.py", "x.index_put_((i,), v)"),
         (exceptions_are_not_swallowed, "a.py", "try:\n    f()\nexcept FileNotFoundError:\n    pass"),

@@ -106,17 +106,24 @@ def test_help_shows_the_commands_and_examples(lm_saes_command: Run, arguments: l
     code, out, err = lm_saes_command(*arguments)
     assert (code, err) == (0, "")
     assert out.startswith("Usage: lm-saes")
-    for expected in ("  train ", "  generate ", "  evaluate ", "  settings ", "lm-saes train examples/quickstart.toml"):
+    for expected in (
+        "  train ",
+        "  generate ",
+        "  evaluate ",
+        "  verify ",
+        "  settings ",
+        "lm-saes train examples/quickstart.toml",
+    ):
         assert expected in out
     assert max(map(len, out.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "settings"])
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "verify", "settings"])
 def test_every_command_explains_itself_with_an_example(lm_saes_command: Run, command: str) -> None:
     code, out, _ = lm_saes_command(command, "--help")
     assert code == 0
     assert f"    lm-saes {command} " in out
-    if command != "settings":
+    if command not in ("settings", "verify"):
         assert "--set a.b=VALUE" in out and ".toml, .yaml or .json" in out
     assert ("--resume" in out) == (command == "train")
 
@@ -236,6 +243,7 @@ def a_config_error() -> BaseException:
         ),
         (FileNotFoundError(2, "No such file or directory", "text.txt"), "text.txt: No such file or directory"),
         (PermissionError(13, "Permission denied", "/results"), "/results: Permission denied"),
+        (OSError(30, "Read-only file system", "/results"), "/results: Read-only file system"),
     ],
 )
 def test_a_mistake_found_while_running_is_told_in_one_line(

@@ -138,7 +138,7 @@ def test_what_is_no_floating_point_dtype_is_refused(wrong: Any) -> None:
 @pytest.mark.parametrize(
     ("data", "line"),
     [
-        ({"sources": [{"type": "text"}]}, "sources.0.name: required, but not set"),
+        ({"sources": [{"type": "text"}]}, "sources.0.name: required, but not set; add it"),
         (
             {"sources": [{"type": "text", "name": "a", "weight": "b"}]},
             "sources.0.weight: must be a valid number, unable to parse string as a number (got 'b')",

@@ -23,12 +23,12 @@ def check_batch(batch: Mapping[str, Any], widths: Mapping[str, int]) -> None:
     """
     tokens = batch.get("tokens")
     if not isinstance(tokens, Tensor):
-        raise DataError(f"batch: 'tokens' is missing; wanted int64 [batch] or [batch, seq]; it has {_keys(batch)}")
+        raise DataError(f"batch: 'tokens' is missing; give int64 [batch] or [batch, seq]; it has {_keys(batch)}")
     shape = tuple(tokens.shape)
     if tokens.ndim not in (1, 2) or tokens.is_floating_point():
-        raise DataError(f"batch: 'tokens' is {tokens.dtype} {list(shape)}; wanted int64 [batch] or [batch, seq]")
+        raise DataError(f"batch: 'tokens' is {tokens.dtype} {list(shape)}; give int64 [batch] or [batch, seq]")
     if tokens.numel() == 0:
-        raise DataError(f"batch: 'tokens' of shape {list(shape)} is empty; wanted at least one token")
+        raise DataError(f"batch: 'tokens' of shape {list(shape)} is empty; give at least one token")
     _check_mask(batch.get("mask"), shape)
     for hook_point, width in widths.items():
         _check_activations(hook_point, batch.get(hook_point), (*shape, width), batch)
@@ -38,23 +38,32 @@ def _check_mask(mask: Any, shape: tuple[int, ...]) -> None:
     if mask is None:
         return
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
-        raise DataError(f"batch: 'mask' is {_seen(mask)}; wanted shape {list(shape)}, the shape of 'tokens'")
+        raise DataError(f"batch: 'mask' is {_seen(mask)}; give it the shape of 'tokens', {list(shape)}")
     if not bool(mask.any()):
-        raise DataError(f"batch: 'mask' of shape {list(shape)} masks every token; wanted at least one that counts")
+        raise DataError(
+            f"batch: 'mask' of shape {list(shape)} masks every token; leave such batches out or see to ignore_token_ids"
+        )
 
 
 def _check_activations(hook_point: str, x: Any, wanted: tuple[int, ...], batch: Mapping[str, Any]) -> None:
     if not isinstance(x, Tensor):
-        raise DataError(f"batch: hook point {hook_point!r} is missing; wanted {list(wanted)}; it has {_keys(batch)}")
+        raise DataError(
+            f"batch: hook point {hook_point!r} is missing; wanted {list(wanted)}, but it has {_keys(batch)}; add it"
+        )
     if tuple(x.shape) != wanted:
-        raise DataError(f"batch: hook point {hook_point!r} has shape {list(x.shape)}; wanted {list(wanted)}")
+        only_width = tuple(x.shape[:-1]) == wanted[:-1]
+        remedy = f"set d_model={x.shape[-1]} or name another hook point" if only_width else "give one row a token"
+        raise DataError(f"batch: hook point {hook_point!r} has shape {list(x.shape)}; wanted {list(wanted)}; {remedy}")
     if not x.is_floating_point():
-        raise DataError(f"batch: hook point {hook_point!r} holds {x.dtype}; wanted floating-point activations")
+        raise DataError(f"batch: hook point {hook_point!r} holds {x.dtype}; give floating-point activations")
     # A sum is finite unless an entry is not, or the sum overflows: cheap, with a second look only in those cases.
     if not bool(x.sum(dtype=torch.float32).isfinite()):
         bad = int((~x.isfinite()).sum())
         if bad:
-            raise DataError(f"batch: hook point {hook_point!r} of shape {list(x.shape)} holds {bad} non-finite values")
+            raise DataError(
+                f"batch: hook point {hook_point!r} of shape {list(x.shape)} holds {bad} non-finite values; read it in "
+                "a wider dtype, or generate the activations again"
+            )
 
 
 def _keys(batch: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from lm_saes.config import BaseConfig, DType, build
@@ -16,6 +17,7 @@ from lm_saes.data.batch import Batch
 from lm_saes.data.rows import copy_rows, take_rows
 from lm_saes.data.seeding import permutation
 from lm_saes.errors import ConfigError, DataError
+from lm_saes.files import inside
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -26,11 +28,11 @@ class CacheShard(BaseConfig):
 
     file: str
     """Its name inside the cache directory."""
-    n_rows: int
+    n_rows: int = Field(gt=0)
     """How many rows it holds: tokens (1D) or contexts (2D)."""
-    n_tokens: int
+    n_tokens: int = Field(gt=0)
     """How many tokens of it count."""
-    n_bytes: int
+    n_bytes: int = Field(gt=0)
     """The size of the file."""
     sha256: str
     """The hash of the file."""
@@ -41,20 +43,22 @@ class CacheIndex(BaseConfig):
 
     format_version: Literal[1]
     """The layout that this describes."""
-    context_size: int | None
+    context_size: int | None = Field(gt=0)
     """Tokens in each context, for a cache of contexts; None for a cache of single tokens."""
     widths: dict[str, int]
     """Hook point -> size of its activations."""
     dtype: DType
     """The dtype of the activations."""
-    n_rows: int
+    n_rows: int = Field(gt=0)
     """Rows in all shards."""
-    n_tokens: int
+    n_tokens: int = Field(gt=0)
     """Tokens that count, in all shards."""
-    shards: list[CacheShard]
+    shards: list[CacheShard] = Field(min_length=1)
     """The files, in the order of the text."""
     settings: dict[str, Any]
     """What the cache was made with: a request for the same finds it complete."""
+    versions: dict[str, str | None] = Field(default={})
+    """The packages that it was made with."""
 
 
 class ActivationCache:
@@ -117,9 +121,24 @@ class ActivationCache:
                         raise DataError(f"cache {self.path}: {entry.file} was altered (its hash differs); {_REMEDY}")
                 self._verified.add(shard)
             with safe_open(file, framework="pt") as tensors:
-                return {name: tensors.get_tensor(name) for name in names}
+                found = {name: tensors.get_tensor(name) for name in names}
         except (SafetensorError, OSError) as error:
             raise DataError(f"cache {self.path}: {entry.file} cannot be read ({error}); {_REMEDY}") from error
+        for name, x in found.items():
+            shape, dtype = self._layout(name, entry)
+            if x.shape != shape or x.dtype != dtype:
+                raise DataError(
+                    f"cache {self.path}: {entry.file}: {name!r} is {x.dtype} {list(x.shape)}, but {INDEX} says {dtype} "
+                    f"{list(shape)}; {_REMEDY}"
+                )
+        return found
+
+    def _layout(self, name: str, shard: CacheShard) -> tuple[tuple[int, ...], torch.dtype]:
+        """The shape and dtype that a tensor of a shard has by the index."""
+        rows = (shard.n_rows,) if self.index.context_size is None else (shard.n_rows, self.index.context_size)
+        if name in self.index.widths:
+            return (*rows, self.index.widths[name]), self.index.dtype
+        return rows, torch.bool if name == "mask" else torch.int64
 
 
 class CachedSource:
@@ -163,6 +182,8 @@ class CachedSource:
         while self._epochs is None or self._epoch < self._epochs:
             rows = self._load()
             n = rows["tokens"].shape[0]
+            if not n:
+                raise DataError(f"cache {self._cache.path}: a shard has no token that counts; {_REMEDY}")
             if self._row < n:
                 past = (self._epoch * n + self._row) % self._piece if self._whole else 0
                 end = min(n, self._row + min(limit, self._piece - past))
@@ -233,9 +254,11 @@ def _read_index(path: Path) -> CacheIndex:
     file = path / INDEX
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"cache {path}: no {INDEX} there; generate the activations first") from error
-    except ValueError as error:
+    except OSError as error:
+        raise DataError(f"cache {path}: {INDEX} cannot be read ({error.strerror}); see to its permissions") from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"cache {path}: {INDEX} is not valid JSON ({error}); {_REMEDY}") from error
     version = data.get("format_version") if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
@@ -244,6 +267,11 @@ def _read_index(path: Path) -> CacheIndex:
         index = build(CacheIndex, data)
     except ConfigError as error:
         raise DataError(f"cache {path}: {INDEX}: {error}; {_REMEDY}") from error
-    if not index.n_tokens or any(Path(shard.file).name != shard.file for shard in index.shards):
-        raise DataError(f"cache {path}: {INDEX} names no usable shards; {_REMEDY}")
+    for shard in index.shards:
+        try:
+            inside(path, shard.file)
+        except ValueError as error:
+            raise DataError(f"cache {path}: {INDEX}: shard {error}; {_REMEDY}") from error
+    if index.n_tokens != sum(shard.n_tokens for shard in index.shards):
+        raise DataError(f"cache {path}: {INDEX} contradicts itself about n_tokens={index.n_tokens}; {_REMEDY}")
     return index

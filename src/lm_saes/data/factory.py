@@ -18,6 +18,7 @@ from lm_saes.data.factory_config import (
     ActivationFactoryTarget,
     BufferShuffleConfig,
 )
+from lm_saes.data.loading import check_device
 from lm_saes.data.producers import ContextBatches, Producer, Reader, RowBatches, Rows, ShuffledRowBatches
 from lm_saes.data.shuffle import ShuffleBuffer
 from lm_saes.data.sources import Mixer, Source
@@ -82,6 +83,8 @@ class _Assembly:
         shuffle = cfg.buffer_shuffle or BufferShuffleConfig()
         self.shuffle_seed = seed if shuffle.perm_seed is None else shuffle.perm_seed
         self.shuffle_device = shuffle.generator_device
+        if self.shuffle_device is not None:
+            check_device(self.shuffle_device, "activation_factory.buffer_shuffle.generator_device")
         self.shuffles = cfg.buffer_size is not None or cfg.buffer_shuffle is not None
         self.whole = self.single_tokens and self.shuffles and not cfg.dataset_sources and self._fits()
 
@@ -102,7 +105,8 @@ class _Assembly:
             "model": None if model is None else model.provenance(),
             "sources": origins,
         }
-        return ActivationStream(self._producer(reader), cfg.num_workers, _identity(settings, origins), provenance)
+        identity = _identity(settings, origins, provenance["model"])
+        return ActivationStream(self._producer(reader), cfg.num_workers, identity, provenance)
 
     def _producer(self, reader: Reader) -> Producer:
         cfg = self.cfg
@@ -214,9 +218,10 @@ class _Assembly:
         return self.datasets[source.name].provenance()
 
 
-def _identity(settings: dict[str, Any], origins: list[dict[str, Any]]) -> dict[str, Any]:
+def _identity(settings: dict[str, Any], origins: list[dict[str, Any]], model: dict[str, str] | None) -> dict[str, Any]:
     """What has to agree for a saved position to mean the same; not where files lie, nor how far the thread is ahead."""
+    read_by = {key: model.get(key) for key in ("sha256", "revision", "dtype", "backend")} if model else None
     settings = {key: value for key, value in settings.items() if key != "num_workers"}
     sources = [{key: value for key, value in source.items() if key != "path"} for source in settings["sources"]]
     data = [{key: origin.get(key) for key in ("fingerprint", "documents")} for origin in origins]
-    return settings | {"sources": sources, "data": data}
+    return settings | {"sources": sources, "data": data, "model": read_by}

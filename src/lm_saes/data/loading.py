@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -23,13 +24,19 @@ def automatic_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def available_device(cfg: LanguageModelConfig) -> torch.device:
-    """The device that `cfg` names, or a `ConfigError` if this machine lacks it."""
+def check_device(name: str, setting: str) -> torch.device:
+    """The device of that name, or a `ConfigError` if this machine lacks it; `setting` is the one that names it."""
     try:
-        device = torch.device(cfg.device)
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={cfg.device!r} is not available here ({one_line(error)}); use 'cpu'") from error
+        raise ConfigError(f"{setting}={name!r} is not available here ({one_line(error)}); use 'cpu'") from error
+    return device
+
+
+def available_device(cfg: LanguageModelConfig) -> torch.device:
+    """The device that `cfg` names, or a `ConfigError` if this machine lacks it."""
+    device = check_device(cfg.device, "device")
     if cfg.use_flash_attn and device.type != "cuda":
         raise ConfigError(f"use_flash_attn=True needs a CUDA device, not device={cfg.device!r}; set it to False")
     return device
@@ -71,6 +78,7 @@ def load_model(cfg: LanguageModelConfig, dtype: torch.dtype) -> Any:
 
 def _from_pretrained(auto_class: Any, what: str, cfg: LanguageModelConfig, **options: Any) -> Any:
     source = _source(cfg)
+    _check_directory(source, cfg)
     try:
         return auto_class.from_pretrained(
             source,
@@ -81,6 +89,11 @@ def _from_pretrained(auto_class: Any, what: str, cfg: LanguageModelConfig, **opt
             **options,
         )
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"model_name={source!r}: the {what} brings code of its own, which is never run; give a model of an "
+                "architecture that the installed transformers knows, without auto_map in its config"
+            ) from error
         remedy = (
             "check the name or directory, and that the hub can be reached or local_files_only finds it in cache_dir"
         )
@@ -91,6 +104,33 @@ def _from_pretrained(auto_class: Any, what: str, cfg: LanguageModelConfig, **opt
         raise ConfigError(
             f"model_name={source!r}: the {what} cannot be loaded ({one_line(error)}); {remedy}"
         ) from error
+
+
+def _check_directory(source: str, cfg: LanguageModelConfig) -> None:
+    """Raise `ConfigError` if a path does not exist, or if its index of weights names files elsewhere."""
+    directory = Path(source)
+    if not directory.is_dir():
+        if directory.is_absolute() or source.startswith(("./", "../", "~")) or directory.exists():
+            raise ConfigError(f"model_name={source!r}: there is no such directory; give one, or a name on the hub")
+        return
+    if cfg.gguf_file is not None:
+        _check_inside(directory, cfg.gguf_file, "gguf_file")
+    for index in directory.glob("*.index.json"):
+        try:
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError(
+                f"model_name={source!r}: {index.name} is no index of weights ({one_line(error)}); restore it"
+            ) from error
+        for file in files:
+            _check_inside(directory, str(file), index.name)
+
+
+def _check_inside(directory: Path, name: str, where: str) -> None:
+    """Raise `ConfigError` if `name` leads out of a model's directory; links, as in the hub's cache, are allowed."""
+    path = PurePath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ConfigError(f"{where}: {name!r} leads out of the model's directory {str(directory)!r}; name a file in it")
 
 
 def weights_identity(cfg: LanguageModelConfig, model: Any) -> dict[str, str]:

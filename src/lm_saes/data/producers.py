@@ -16,11 +16,14 @@ from lm_saes.data.contexts import Context
 from lm_saes.data.rows import copy_rows
 from lm_saes.data.shuffle import ShuffleBuffer
 from lm_saes.data.sources import Mixer
+from lm_saes.errors import DataError
 
 if TYPE_CHECKING:
     from lm_saes.data.language_model import LanguageModel
 
 _NO_LIMIT = 2**62
+_EMPTY_READS = 1000
+"""Reads in a row without a token that counts, after which there will be none: sources may have no end."""
 
 
 class Producer(Protocol):
@@ -147,7 +150,14 @@ class Rows:
 
     def current(self) -> tuple[Batch, int] | None:
         """The block being used and the first row of it that is not; None at the end."""
+        empty = 0
         while self._block is None or self._used == self._block["tokens"].shape[0]:
+            if empty == _EMPTY_READS:
+                raise DataError(
+                    f"activation_factory: no token counts in {_EMPTY_READS} model batches in a row; see to "
+                    "ignore_token_ids and max_norm_ratio"
+                )
+            empty += 1
             self._begun, self._used = self._reader.state_dict(), 0
             read = self._reader.read(_NO_LIMIT)
             if not read:

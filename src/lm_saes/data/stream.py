@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lm_saes.data.batch import Batch
-from lm_saes.data.differences import first_difference
+from lm_saes.data.differences import differences
 from lm_saes.data.producers import Producer
+from lm_saes.data.stalls import Watch
 from lm_saes.errors import CheckpointError, DataError
 
 _Item = tuple[Batch, dict[str, Any] | None]
 """A batch, and the state after it where that is cheap to take."""
+_LOG = logging.getLogger(__name__)
+_PATIENCE_S = 60.0
+"""How long a batch is waited for before a warning says what the stream is doing."""
+_LONGEST_END_S = 10.0
+"""How long a thread that is to end is waited for; one that never does must not keep the process."""
 
 
 class _Ahead:
@@ -26,6 +33,7 @@ class _Ahead:
     """
 
     def __init__(self, producer: Producer, depth: int):
+        self.watch = Watch(_PATIENCE_S, self._worker)
         self.producer = producer
         self.ready: deque[_Item] = deque()
         self.moving = threading.Lock()
@@ -35,9 +43,15 @@ class _Ahead:
         self._stopped = False
         self._ended = False
         self._error: BaseException | None = None
+        self._consumer: int | None = None
 
     def get(self) -> _Item | None:
         """The next batch, or None at the end. What went wrong in the thread is raised here, with its traceback."""
+        self._consumer = threading.get_ident()
+        with self.watch.waiting():
+            return self._get()
+
+    def _get(self) -> _Item | None:
         if self._depth == 0:
             return self._make()
         if self._thread is None:
@@ -57,8 +71,15 @@ class _Ahead:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+        self.watch.stop()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
+            if self._thread.is_alive():
+                _LOG.warning("the stream does not end; it is %s, and is left behind", self.watch.stage())
+
+    def _worker(self) -> int | None:
+        """The thread that makes batches: with `depth` 0, the one that waits for them."""
+        return self._consumer if self._thread is None else self._thread.ident
 
     def _make(self) -> _Item | None:
         batch = self.producer.next()
@@ -90,6 +111,7 @@ class ActivationStream:
 
     With `depth` > 0 one background thread keeps that many batches ready; what goes wrong in it is raised by `next`.
     The saved state is the one after the last batch that `next` returned, however many have been prepared or peeked at.
+    While `next` waits for longer than a minute, warnings say what the stream is doing.
     """
 
     def __init__(self, producer: Producer, depth: int, settings: dict[str, Any], provenance: dict[str, Any]):
@@ -99,7 +121,7 @@ class ActivationStream:
         self._peeked: deque[_Item] = deque()
         self._begun = self._closed = False
         self._state = producer.state_dict() if producer.light else None
-        weakref.finalize(self, _Ahead.stop, self._ahead, 10.0)
+        weakref.finalize(self, _Ahead.stop, self._ahead, _LONGEST_END_S)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -125,7 +147,7 @@ class ActivationStream:
         """
         if self._state is not None:
             return {"settings": self._settings, "position": self._state}
-        with self._ahead.moving:
+        with self._ahead.watch.waiting(), self._ahead.moving:
             waiting = [*self._peeked, *self._ahead.ready]
             pending = {str(i): dict(batch) for i, (batch, _) in enumerate(waiting)}
             return {"settings": self._settings, "pending": pending, "position": self._ahead.producer.state_dict()}
@@ -138,21 +160,25 @@ class ActivationStream:
         """
         if self._begun:
             raise CheckpointError("the stream has given batches already; load its state before the first one")
-        if "settings" not in state or "position" not in state:
-            raise CheckpointError(f"not the state of an ActivationStream: it has {', '.join(map(repr, state))}")
-        if difference := first_difference(state["settings"], self._settings):
-            raise CheckpointError(
-                f"the saved position belongs to a stream with other settings ({difference}); resume with the same ones"
-            )
+        self.check_state(state)
         producer = self._ahead.producer
         producer.load_state_dict(state["position"])
         self._peeked = deque((batch, None) for _, batch in sorted(state.get("pending", {}).items(), key=_position))
         self._state = producer.state_dict() if producer.light else None
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise `CheckpointError`, with every difference, unless `state` is of a stream like this one."""
+        if "settings" not in state or "position" not in state:
+            raise CheckpointError(f"not the state of an ActivationStream: it has {', '.join(map(repr, state))}")
+        if found := list(differences(state["settings"], self._settings)):
+            raise CheckpointError(
+                f"the saved position belongs to a stream with other settings ({'; '.join(found)}); resume with the same"
+            )
+
     def close(self) -> None:
         """End the background thread; no more batches can be read. The state can still be taken."""
         self._closed = True
-        self._ahead.stop()
+        self._ahead.stop(_LONGEST_END_S)
 
     def __enter__(self) -> ActivationStream:
         return self

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from lm_saes.config import BaseConfig
 from lm_saes.errors import DataError
+from lm_saes.files import inside
 
 _FILE_KINDS = (".txt", ".json", ".jsonl", ".parquet")
 _FETCH = 256
@@ -83,14 +84,21 @@ class TextDataset:
         """The texts from document `start` on."""
         for position, value in self._values(start):
             if not isinstance(value, str):
-                raise DataError(self._wrong(position, value, "a text") + " (is_dataset_tokenized reads token ids)")
+                raise DataError(self._wrong(position, value, "a text") + "; set is_dataset_tokenized to read token ids")
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"dataset {self.name}: document {position}: holds half of a character ({error.reason}), which no "
+                    "tokenizer reads; correct or remove it"
+                ) from error
             yield value
 
     def token_lists(self, start: int = 0) -> Iterator[list[int]]:
         """The documents from `start` on, where the column holds token ids instead of text."""
         for position, value in self._values(start):
             if not isinstance(value, list) or not all(isinstance(token, int) for token in value):
-                raise DataError(self._wrong(position, value, "a list of token ids"))
+                raise DataError(self._wrong(position, value, "a list of token ids") + "; unset is_dataset_tokenized")
             yield value
 
     def provenance(self) -> dict[str, Any]:
@@ -100,7 +108,14 @@ class TextDataset:
     def _values(self, start: int) -> Iterator[tuple[int, Any]]:
         for first in range(start, len(self._rows), _FETCH):
             rows = list(self._rows[first : first + _FETCH])
-            yield from zip(rows, self._fetch(rows), strict=True)
+            try:
+                values = self._fetch(rows)
+            except Exception as error:  # whatever `datasets` raises about a file that is not what it should be
+                raise DataError(
+                    f"dataset {self.name}: documents {rows[0]} to {rows[-1]} cannot be read ({type(error).__name__}: "
+                    f"{' '.join(str(error).split())}); restore the dataset"
+                ) from error
+            yield from zip(rows, values, strict=True)
 
     def _wrong(self, position: int, value: Any, wanted: str) -> str:
         column = self._cfg.text_column
@@ -120,7 +135,10 @@ def load_dataset(cfg: DatasetConfig) -> TextDataset:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"dataset {name}: cannot be read ({error.strerror or error})") from error
+        reason = error.strerror or error
+        raise DataError(
+            f"dataset_name_or_path={name!r}: cannot be read ({reason}); give a text file that can be"
+        ) from error
     match cfg.kind:
         case ".parquet":
             values = _read_parquet(path, cfg.text_column)
@@ -162,10 +180,11 @@ def _lines(text: str) -> list[str]:
 def _read_json(name: str, text: str, column: str) -> list[Any]:
     try:
         items = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"dataset {name}: line {error.lineno}: not valid JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        line = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"dataset {name}: {line}not valid JSON ({_reason(error)}); correct the file") from error
     if not isinstance(items, list):
-        raise DataError(f"dataset {name}: holds one {type(items).__name__}; wanted a list of strings or of objects")
+        raise DataError(f"dataset {name}: holds one {type(items).__name__}; give a list of strings or of objects")
     return [_pick(item, column, f"dataset {name}: item {i}") for i, item in enumerate(items)]
 
 
@@ -175,10 +194,16 @@ def _read_json_lines(name: str, text: str, column: str) -> list[Any]:
         if line.strip():
             try:
                 item = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"dataset {name}: line {number}: not valid JSON ({error.msg})") from error
+            except (ValueError, RecursionError) as error:
+                raise DataError(
+                    f"dataset {name}: line {number}: not valid JSON ({_reason(error)}); correct or remove the line"
+                ) from error
             values.append(_pick(item, column, f"dataset {name}: line {number}"))
     return values
+
+
+def _reason(error: Exception) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _pick(item: Any, column: str, where: str) -> str | list[int]:
@@ -188,11 +213,11 @@ def _pick(item: Any, column: str, where: str) -> str | list[int]:
         item = item[column]
     if isinstance(item, str) or (isinstance(item, list) and all(type(token) is int for token in item)):
         return item
-    raise DataError(f"{where}: {column!r} holds {type(item).__name__}; wanted a text or a list of token ids")
+    raise DataError(f"{where}: {column!r} holds {type(item).__name__}; give a text or a list of token ids")
 
 
 def _no_column(column: str, known: Iterable[str]) -> str:
-    return f"text_column={column!r} is not there; it has {', '.join(map(repr, known)) or 'no columns'}"
+    return f"text_column={column!r} is not there; set it to one of {', '.join(map(repr, known)) or 'no columns'}"
 
 
 def _read_parquet(path: Path, column: str) -> list[Any]:
@@ -206,7 +231,9 @@ def _read_parquet(path: Path, column: str) -> list[Any]:
                 raise DataError(f"dataset {path}: {_no_column(column, names)}")
             return file.read(columns=[column]).column(column).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"dataset {path}: not a readable Parquet file ({' '.join(str(error).split())})") from error
+        raise DataError(
+            f"dataset {path}: not a readable Parquet file ({' '.join(str(error).split())}); restore it"
+        ) from error
 
 
 def _from_datasets(cfg: DatasetConfig) -> TextDataset:
@@ -215,21 +242,59 @@ def _from_datasets(cfg: DatasetConfig) -> TextDataset:
     name = cfg.dataset_name_or_path
     try:
         if cfg.is_dataset_on_disk:
+            _check_saved_dataset(Path(name))
             loaded = datasets.load_from_disk(name)
         else:
+            if Path(name).is_dir():
+                _check_data_files(Path(name), cfg)
             loaded = datasets.load_dataset(name, cfg.subset, split=cfg.split, cache_dir=cfg.cache_dir)
     except Exception as error:
+        if isinstance(error, DataError):
+            raise
         reason = " ".join(str(error).split())
-        raise DataError(f"dataset {name}: cannot be loaded ({type(error).__name__}: {reason})") from error
+        raise DataError(
+            f"dataset_name_or_path={name!r}: cannot be loaded ({type(error).__name__}: {reason}); give a name that "
+            f"`datasets` knows, its directory, or a file ending in {', '.join(_FILE_KINDS)}"
+        ) from error
     if isinstance(loaded, datasets.DatasetDict):
         if cfg.split not in loaded:
-            raise DataError(f"dataset {name}: split={cfg.split!r} is not there; it has {', '.join(map(repr, loaded))}")
+            known = ", ".join(map(repr, loaded))
+            raise DataError(f"dataset {name}: split={cfg.split!r} is not there; set it to one of {known}")
         loaded = loaded[cfg.split]
     if not isinstance(loaded, datasets.Dataset):
-        raise DataError(f"dataset {name}: gave a {type(loaded).__name__}, which cannot be read by position")
+        raise DataError(
+            f"dataset {name}: gave a {type(loaded).__name__}, which is not read by position; give a Dataset"
+        )
     if cfg.text_column not in loaded.column_names:
         raise DataError(f"dataset {name}: {_no_column(cfg.text_column, loaded.column_names)}")
     if not len(loaded):
-        raise DataError(f"dataset {name}: split {cfg.split!r} has no documents")
+        raise DataError(f"dataset {name}: split={cfg.split!r} has no documents; name another")
     rows = loaded.select_columns([cfg.text_column])
     return TextDataset(name, len(rows), lambda picked: rows[picked][cfg.text_column], cfg, rows._fingerprint)
+
+
+def _check_saved_dataset(directory: Path) -> None:
+    """Raise `DataError` if a directory that `save_to_disk` wrote names files elsewhere."""
+    for state in directory.rglob("state.json"):
+        for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
+            _check_inside(directory, state.parent, entry["filename"], state.name)
+    splits = directory / "dataset_dict.json"
+    for split in json.loads(splits.read_text(encoding="utf-8"))["splits"] if splits.exists() else ():
+        _check_inside(directory, directory, split, splits.name)
+
+
+def _check_data_files(directory: Path, cfg: DatasetConfig) -> None:
+    """Raise `DataError` if the description of a directory of data files names files elsewhere."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(str(directory), cfg.subset, cache_dir=cfg.cache_dir)
+    for files in (builder.config.data_files or {}).values():
+        for file in files:
+            _check_inside(directory, directory, str(file), "its description")
+
+
+def _check_inside(directory: Path, folder: Path, name: str, where: str) -> None:
+    try:
+        inside(folder, name)
+    except ValueError as error:
+        raise DataError(f"dataset_name_or_path={str(directory)!r}: {where}: {error}; name files in it") from error

@@ -22,7 +22,8 @@ from lm_saes.data.cache import FORMAT_VERSION, INDEX, ActivationCache, CacheInde
 from lm_saes.data.differences import first_difference
 from lm_saes.data.stream import ActivationStream
 from lm_saes.errors import ConfigError, DataError
-from lm_saes.files import flush, fsync
+from lm_saes.files import flush, fsync, made, remove
+from lm_saes.provenance import versions
 
 _LOG = logging.getLogger(__name__)
 _SHARD_BYTES = 128 * 2**20
@@ -70,19 +71,15 @@ class ActivationWriter:
             _LOG.info("cache %s: complete and made with the same settings; kept as it is", path)
             return path
         draft = path.with_name(f".{path.name}.draft")
-        try:
-            with _reporting(path):
-                if draft.exists():
-                    shutil.rmtree(draft)
-                draft.mkdir(parents=True)
+        with _reporting(path):
+            remove(draft)
+        with made(draft, keep=lambda: False):
             index = self._write(stream, draft, settings, progress)
             with _reporting(path):
                 (draft / INDEX).write_text(json.dumps(index.to_json(), indent=1), encoding="utf-8")
                 flush(draft)
                 draft.rename(path)
                 fsync(path.parent)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
         return path
 
     def _settings(self, stream: Iterable[Batch]) -> dict[str, Any]:
@@ -124,7 +121,9 @@ class ActivationWriter:
             if total is not None and shards.n_tokens >= total:
                 break
         if shards is None or not shards.n_tokens:
-            raise DataError(f"cache_dir={str(self.cfg.cache_dir)!r}: the stream gave no tokens to write")
+            raise DataError(
+                f"cache_dir={str(self.cfg.cache_dir)!r}: the stream gave no tokens to write; see to ignore_token_ids"
+            )
         if total is not None and shards.n_tokens < total:
             warnings.warn(f"the stream ended after {shards.n_tokens} of {total} tokens to generate", stacklevel=3)
         return shards.finish(settings)
@@ -189,6 +188,7 @@ class _Shards:
             n_tokens=self.n_tokens,
             shards=self._written,
             settings=settings,
+            versions=versions(),
         )
 
     def _rows(self, batch: Batch) -> dict[str, Tensor]:

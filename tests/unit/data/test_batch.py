@@ -38,10 +38,10 @@ def test_good_batches_pass(shape: tuple[int, ...]) -> None:
         ({"b": torch.ones(2, 3, 2, dtype=torch.int64)}, "hook point 'b' holds torch.int64"),
         ({"tokens": None}, "'tokens' is missing"),
         ({"tokens": torch.zeros(2, 4, dtype=torch.int64), "mask": None}, "'a' has shape [2, 3, 4]; wanted [2, 4, 4]"),
-        ({"tokens": torch.zeros(2, 3)}, "'tokens' is torch.float32 [2, 3]; wanted int64"),
+        ({"tokens": torch.zeros(2, 3)}, "'tokens' is torch.float32 [2, 3]; give int64"),
         ({"tokens": torch.zeros(2, 3, 1, dtype=torch.int64)}, "'tokens' is torch.int64 [2, 3, 1]"),
         ({"tokens": torch.zeros(0, 3, dtype=torch.int64)}, "'tokens' of shape [0, 3] is empty"),
-        ({"mask": torch.ones(2, dtype=torch.bool)}, "'mask' is shape [2]; wanted shape [2, 3]"),
+        ({"mask": torch.ones(2, dtype=torch.bool)}, "'mask' is shape [2]; give it the shape of 'tokens', [2, 3]"),
         ({"mask": torch.zeros(2, 3, dtype=torch.bool)}, "'mask' of shape [2, 3] masks every token"),
     ],
 )

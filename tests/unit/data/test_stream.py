@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -148,11 +149,11 @@ def test_runs_ahead_by_as_many_batches_as_workers(make: Make, make_model: Any) -
     stream.close()
 
 
-def test_no_workers_means_no_thread(make: Make) -> None:
-    before = threading.active_count()
+def test_no_workers_means_no_thread_that_makes_batches(make: Make) -> None:
+    before = set(threading.enumerate())
     stream = make("rows", workers=0)
     next(stream)
-    assert threading.active_count() == before
+    assert {thread.name for thread in set(threading.enumerate()) - before} <= {"activations-watch"}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -246,3 +247,62 @@ def test_provenance_names_model_and_data(make: Make) -> None:
     assert provenance["factory"]["seed"] == 0
     assert [source.get("documents") for source in provenance["sources"]] == [20, 16, None]
     assert len(provenance["sources"][2]["fingerprint"]) == 64
+
+
+# --- stalls ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_that_stalls_is_reported_with_its_stage(
+    make: Make, make_model: Any, workers: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model does not answer until three warnings have come, ever later; then the batch comes all the same."""
+    answers = threading.Event()
+
+    class SlowModel(make_model):  # type: ignore[misc]
+        def activations(self, *arguments: Any, **options: Any) -> dict[str, Tensor]:
+            answers.wait(30)
+            return super().activations(*arguments, **options)
+
+    monkeypatch.setattr("lm_saes.data.stream._PATIENCE_S", 0.05)
+    with make("rows", workers=workers, model=SlowModel()) as stream:
+        warned = lambda: len(caplog.records) >= 3  # noqa: E731
+        warner = threading.Thread(target=lambda: (_wait_for(warned), answers.set()))
+        warner.start()
+        assert len(next(stream)["tokens"])
+        warner.join()
+    waits = [float(re.findall(r"no batch for (\S+) s", record.getMessage())[0]) for record in caplog.records]
+    assert waits[1] >= 2 * waits[0] * 0.99 and waits[2] >= 2 * waits[1] * 0.99
+    for record in caplog.records:
+        assert record.levelname == "WARNING"
+        assert re.search(
+            r"the stream is running the language model \(producers\.py:\d+, _forward\)", record.getMessage()
+        )
+
+
+def test_a_thread_that_never_ends_does_not_keep_the_stream_from_closing(
+    make: Make, make_model: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, stuck = threading.Event(), threading.Event()
+
+    class StuckModel(make_model):  # type: ignore[misc]
+        def activations(self, *arguments: Any, **options: Any) -> dict[str, Tensor]:
+            if len(self.calls) >= 2:
+                stuck.set()
+                answers.wait(30)
+            return super().activations(*arguments, **options)
+
+    monkeypatch.setattr("lm_saes.data.stream._LONGEST_END_S", 0.1)
+    stream = make("rows", workers=9, model=StuckModel())
+    next(stream)
+    assert stuck.wait(30)
+    began = time.monotonic()
+    stream.close()
+    assert time.monotonic() - began < 10
+    assert "the stream does not end; it is running the language model (producers.py:" in caplog.text
+    answers.set()
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.01)

@@ -46,9 +46,9 @@ def test_saved_dataset_with_and_without_splits(tmp_path: Path) -> None:
     cfg = DatasetConfig(dataset_name_or_path=str(tmp_path / "one"), is_dataset_on_disk=True)
     assert list(load_dataset(cfg).documents(300)) == [str(i) for i in range(300, 600)]
     assert read(str(tmp_path / "two"), is_dataset_on_disk=True, split="test") == ["5"]
-    with pytest.raises(DataError, match=r"split='dev' is not there; it has 'train', 'test'"):
+    with pytest.raises(DataError, match=r"split='dev' is not there; set it to one of 'train', 'test'"):
         read(str(tmp_path / "two"), is_dataset_on_disk=True, split="dev")
-    with pytest.raises(DataError, match=r"text_column='body' is not there; it has 'text'"):
+    with pytest.raises(DataError, match=r"text_column='body' is not there; set it to one of 'text'"):
         read(str(tmp_path / "one"), is_dataset_on_disk=True, text_column="body")
 
 
@@ -85,10 +85,14 @@ def test_reading_starts_anywhere_and_the_provenance_names_the_data(tmp_path: Pat
     ("file", "content", "message"),
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2: not valid JSON"),
-        ("a.jsonl", b'{"text": "x"}\n\n{"body": "y"}', "line 3: text_column='text' is not there; it has 'body'"),
-        ("a.jsonl", b'{"text": 3}', "line 1: 'text' holds int; wanted a text"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n\n{"body": "y"}',
+            "line 3: text_column='text' is not there; set it to one of 'body'",
+        ),
+        ("a.jsonl", b'{"text": 3}', "line 1: 'text' holds int; give a text"),
         ("a.json", b'[\n"x",\n', "line 3: not valid JSON"),
-        ("a.json", b'{"text": "x"}', "holds one dict; wanted a list"),
+        ("a.json", b'{"text": "x"}', "holds one dict; give a list"),
         ("a.json", b'["x", null]', "item 1: 'text' holds NoneType"),
         ("a.txt", b"fine\nbr\xffken", "line 2: not UTF-8"),
         ("a.txt", b" \n\n", "has no documents"),
@@ -105,12 +109,12 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, file: str, conten
 
 
 def test_missing_files_and_columns(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"gone\.txt: cannot be read \(No such file"):
+    with pytest.raises(DataError, match=r"gone\.txt': cannot be read \(No such file"):
         read(str(tmp_path / "gone.txt"))
-    with pytest.raises(DataError, match="gone: cannot be loaded"):
+    with pytest.raises(DataError, match="gone': cannot be loaded"):
         read(str(tmp_path / "gone"), is_dataset_on_disk=True)
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"text_column='text' is not there; it has 'body', 'n'"):
+    with pytest.raises(DataError, match=r"text_column='text' is not there; set it to one of 'body', 'n'"):
         read(str(tmp_path / "a.parquet"))
     with pytest.raises(DataError, match="document 0: 'n' holds int, not a text"):
         read(str(tmp_path / "a.parquet"), text_column="n")
