@@ -22,8 +22,10 @@ from lm_saes.latents.products import cpu_computes_in, product, product_dtype, ro
 
 PROBE_ROWS = 128
 """So many tokens are tried first."""
-WORTH_WHILE = 0.25
+WORTH_WHILE = 0.05
 """Screening goes on if it fails for no more than this share of them."""
+CANDIDATES = (1.5, 1.75, 2.5, 4.5)
+"""So many times the entries that a token keeps are computed exactly: the first that is enough."""
 BATCH_CANDIDATES = 1.5
 """So many times the entries that a batch keeps are computed exactly."""
 LARGE = 1 << 28
@@ -48,11 +50,15 @@ def top_products(
 
     None if bounds turn out too loose for these inputs. Everything float32, on a CPU.
     """
-    bounds, found = Bounds(x_ND, W_DF, b_F, scale_F), list[_Screened]()
-    for tokens in bounds.blocks(first=PROBE_ROWS):
-        found.append(_top(bounds, tokens, k))
-        if tokens.start == 0 and float(found[0].proven_B.float().mean()) < 1 - WORTH_WHILE:
-            return None
+    bounds = Bounds(x_ND, W_DF, b_F, scale_F)
+    first, *others = bounds.blocks(first=PROBE_ROWS)
+    for excess in CANDIDATES:
+        found = [_top(bounds, first, k, int(excess * k))]
+        if float(found[0].proven_B.float().mean()) >= 1 - WORTH_WHILE:
+            break
+    else:
+        return None
+    found += [_top(bounds, tokens, k, int(excess * k)) for tokens in others]
     columns_Nk, products_Nk = torch.cat([f.columns_Bk for f in found]), torch.cat([f.products_Bk for f in found])
     rest_X = torch.cat([~f.proven_B for f in found]).nonzero().squeeze(1)
     if len(rest_X):
@@ -90,11 +96,11 @@ class _Screened:
     """Whether nothing else can be among the positive ones of the k largest."""
 
 
-def _top(bounds: Bounds, tokens: slice, k: int) -> _Screened:
-    """The k largest `s` of each token."""
+def _top(bounds: Bounds, tokens: slice, k: int, n_candidates: int) -> _Screened:
+    """The k largest `s` of each token, of at least so many candidates."""
     bounds_BF = bounds.of(tokens)
     n_tokens, n_latents = bounds_BF.shape
-    rows_E, columns_E, outside_B = _above_the_best(bounds_BF, min(k + 3 * k // 4, n_latents))
+    rows_E, columns_E, outside_B = _above_the_best(bounds_BF, min(n_candidates, n_latents))
     products_E, s_E = bounds.exact(tokens, rows_E, columns_E)
     offsets = segment_offsets(rows_E, n_tokens).long()
     width = int((offsets[1:] - offsets[:-1]).max())
@@ -124,9 +130,7 @@ def _above_the_best(bounds_BF: Tensor, n: int, groups_of: int = 16) -> tuple[Ten
     least_B = maxima.values.amin(1)
     within = torch.arange(0, n_latents, n_groups)
     columns_BX = (maxima.indices[:, :, None] + within).view(n_rows, -1)
-    flat = (columns_BX + torch.arange(0, bounds_BF.numel(), n_latents)[:, None]).view(-1)
-    values_BX = bounds_BF.view(-1).index_select(0, flat).view(n_rows, -1)
-    chosen = (values_BX >= least_B[:, None]).view(-1).nonzero().squeeze(1)
+    chosen = (bounds_BF.gather(1, columns_BX) >= least_B[:, None]).view(-1).nonzero().squeeze(1)
     return chosen // columns_BX.shape[1], columns_BX.view(-1).index_select(0, chosen), least_B
 
 
