@@ -95,7 +95,7 @@ def train(case: Case, sae: SparseAutoEncoder, clock: Clock, dead_F: Tensor | Non
 def measure(case: Case, d_model: int, warm: int, steps: int) -> Result:
     """Memory of a few steps, then time of others."""
     return_freed_memory()
-    batches = activations(8, case.n_tokens, d_model)
+    batches = activations(min(24, warm + steps), case.n_tokens, d_model)
     sae = dictionary(case, batches)
     dead_F = None if case.auxk_bar is None else shrink_some(sae, DEAD_SHARE)
     judged = case.act_fn in ("relu", "jumprelu")

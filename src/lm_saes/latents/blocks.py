@@ -14,8 +14,8 @@ from torch import Tensor
 from lm_saes.latents.deferred import Recipe
 from lm_saes.latents.products import add_product, product, product_dtype
 
-BLOCK_BYTES = 2 << 20
-"""Size of one block: a core's cache holds its share of a few of them."""
+BLOCK_BYTES = 8 << 20
+"""Size of one block: small enough for the caches, large enough for efficient products (measured: 2 to 16 MB)."""
 
 
 def blocks(n_latents: int, n_tokens: int, dtype: torch.dtype) -> Iterator[slice]:
