@@ -102,16 +102,20 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file of a checkpoint.
+def read_json(path: Path, *needed: str) -> Any:
+    """Read a JSON file of a checkpoint, which must be an object that has the `needed` fields, if any are.
 
     Raises:
-        CheckpointError: it is missing or torn.
+        CheckpointError: it is missing or torn, or lacks one.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    for name in needed:
+        if not isinstance(data, dict) or name not in data:
+            raise CheckpointError(f"{path}: has no {name!r}; go on from another checkpoint")
+    return data
 
 
 def read_tensors(path: Path, sae: AbstractSparseAutoEncoder, board: Board, optimizer: torch.optim.Optimizer) -> None:
@@ -122,8 +126,11 @@ def read_tensors(path: Path, sae: AbstractSparseAutoEncoder, board: Board, optim
     """
     sae.load_full_state_dict(load_weights(path / WEIGHTS))
     tensors = load_tensors(path / "state.safetensors")
-    torch.set_rng_state(tensors.pop("rng.cpu"))
-    board.restore(tensors)
+    try:
+        torch.set_rng_state(tensors.pop("rng.cpu"))
+        board.restore(tensors)
+    except KeyError as error:
+        raise CheckpointError(f"{path}/state.safetensors: has no {error}; go on from another checkpoint") from error
     _load_optimizer(optimizer, load_tensors(path / "optimizer.safetensors"), path)
 
 

@@ -49,7 +49,7 @@ def load(cfg: TrainerConfig, sae: AbstractSparseAutoEncoder, path: str | Path) -
     """
     directory = checkpoint.find_checkpoint(path)
     refuse_changes(directory, sae.cfg, cfg)
-    progress = checkpoint.read_json(directory / checkpoint.PROGRESS)
+    progress = checkpoint.read_json(directory / checkpoint.PROGRESS, "batch_tokens", "cur_step", "cur_tokens")
     run = Run.begin(cfg, sae, progress["batch_tokens"])
     checkpoint.read_tensors(directory, sae, run.board, run.optimizer)
     return Resumed(directory, run, progress, checkpoint.read_stream(directory), checkpoint.read_run_id(directory))
@@ -58,7 +58,7 @@ def load(cfg: TrainerConfig, sae: AbstractSparseAutoEncoder, path: str | Path) -
 def saved_config(directory: Path) -> TrainerConfig:
     """The trainer's settings that a checkpoint was made with."""
     file = directory / checkpoint.PROGRESS
-    data = checkpoint.read_json(file)["cfg"]
+    data = checkpoint.read_json(file, "cfg")["cfg"]
     try:
         return TrainerConfig.model_validate(data, context=LENIENT)
     except ValidationError as error:

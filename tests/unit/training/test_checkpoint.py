@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lm_saes import SparseAutoEncoder, Trainer, TrainerConfig
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.errors import CheckpointError, ConfigError
+from lm_saes.manifest import write_manifest
 from lm_saes.training import checkpoint
 from lm_saes.training.checkpoint import find_checkpoint, join_tensors, saved_steps, split_tensors
 
@@ -226,6 +227,31 @@ def test_an_altered_file_is_noticed(saved: Path, new_sae: New, file: str, caplog
     with caplog.at_level("WARNING"):
         assert Trainer.from_checkpoint(new_sae("topk"), saved).cur_step == 4
     assert f"step_6: torn, {file}: altered since it was saved; going on from step_4 instead" in caplog.text
+
+
+@pytest.mark.parametrize("field", ["cfg", "batch_tokens", "cur_step", "cur_tokens"])
+def test_progress_that_says_too_little_is_refused(saved: Path, new_sae: New, field: str) -> None:
+    """However honest its manifest: nothing starts again from 0 unasked."""
+    directory = newest(saved)
+    progress = json.loads((directory / "trainer.json").read_text())
+    del progress[field]
+    (directory / "trainer.json").write_text(json.dumps(progress))
+    (directory / "manifest.json").unlink()
+    write_manifest(directory)
+    with pytest.raises(CheckpointError, match=rf"trainer.json: has no '{field}'; go on from another checkpoint"):
+        Trainer.from_checkpoint(new_sae("topk"), directory)
+
+
+@pytest.mark.parametrize("name", ["rng.cpu", "tokens_since_last_activation"])
+def test_statistics_that_are_not_there_are_named(saved: Path, new_sae: New, name: str) -> None:
+    directory = newest(saved)
+    tensors = load_file(directory / "state.safetensors")
+    del tensors[name]
+    save_file(tensors, directory / "state.safetensors")
+    (directory / "manifest.json").unlink()
+    write_manifest(directory)
+    with pytest.raises(CheckpointError, match=rf"state.safetensors: has no '{name}'"):
+        Trainer.from_checkpoint(new_sae("topk"), directory)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
