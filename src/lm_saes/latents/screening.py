@@ -30,6 +30,8 @@ BATCH_CANDIDATES = 1.5
 """So many times the entries that a batch keeps are computed exactly."""
 LARGE = 1 << 28
 """Multiplications of a product that is worth screening."""
+FEWEST_TOKENS = 512
+"""Rounding the weights costs as much as the product of half as many tokens."""
 
 
 def screening_pays(x_ND: Tensor, n_latents: int, k: int) -> bool:
@@ -37,6 +39,7 @@ def screening_pays(x_ND: Tensor, n_latents: int, k: int) -> bool:
     return (
         x_ND.device.type == "cpu"
         and x_ND.dtype == torch.float32
+        and len(x_ND) >= FEWEST_TOKENS
         and len(x_ND) * x_ND.shape[1] * n_latents >= LARGE
         and 16 * k <= n_latents
         and cpu_computes_in(torch.bfloat16)

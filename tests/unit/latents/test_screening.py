@@ -134,6 +134,7 @@ def test_a_screened_encoder_is_the_plain_one(
     found: list[tuple[SparseCode, list[Tensor]]] = []
     for large in (0, 1 << 60):
         monkeypatch.setattr(screening, "LARGE", large)
+        monkeypatch.setattr(screening, "FEWEST_TOKENS", 0)
         monkeypatch.setattr(screening, "cpu_computes_in", lambda dtype: True)
         W_DF, bias = W_FD.T.clone().requires_grad_(), b_F.clone().requires_grad_()
         assert screening.screening_pays(x_ND, len(b_F), 16) == (large == 0)
