@@ -38,13 +38,20 @@ def find_best(
 ) -> Found | None:  # fmt: skip
     """The best entries of `s = (x W + b) * scale`, where it is these that an activation function keeps."""
     scale_F = None if scale_SF is None else scale_SF.view(-1)
-    if isinstance(activation, TopK):
+    if isinstance(activation, TopK) and _chooses_like(activation, TopK):
         return _best_of_each_token(x_ND, W_DF, b_F, activation, scale_F)
-    if isinstance(activation, BatchTopK) and activation.training and screening_pays(x_ND, len(b_F), activation.k):
-        return _best_of_the_batch(x_ND, W_DF, b_F, activation, scale_F, mask_N)
+    if isinstance(activation, BatchTopK) and _chooses_like(activation, BatchTopK) and activation.training:
+        if screening_pays(x_ND, len(b_F), activation.k):
+            return _best_of_the_batch(x_ND, W_DF, b_F, activation, scale_F, mask_N)
+        return None
     if activation.judges_entries:
         return _all_above(x_ND, W_DF, b_F, activation, scale_F)
     return None
+
+
+def _chooses_like(activation: ActivationFunction, kind: type[ActivationFunction]) -> bool:
+    """Whether a kind of activation function has no candidates of its own, other than its parent's."""
+    return type(activation).candidates is kind.candidates
 
 
 def _all_above(
@@ -76,7 +83,7 @@ def find_best_of_layers(
     x_NSD: Tensor, W_SDF: Tensor, b_SF: Tensor, activation: ActivationFunction, scale_SF: Tensor | None
 ) -> Found | None:
     """The same where each site (layer) has its own inputs and weights; entries by token, then site."""
-    if not isinstance(activation, TopK) or activation.joins_sites:
+    if not isinstance(activation, TopK) or not _chooses_like(activation, TopK) or activation.joins_sites:
         return None
     scales = [None] * len(W_SDF) if scale_SF is None else scale_SF.unbind()
     layers = zip(x_NSD.unbind(1), W_SDF, b_SF, scales, strict=True)

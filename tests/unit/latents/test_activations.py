@@ -10,6 +10,7 @@ from lm_saes.latents import products
 from lm_saes.latents.activations import ActivationFunction, BatchTopK, TopK
 from lm_saes.latents.linear import LinearEncoder, encode
 
+from ..dictionaries.twin import sae_config
 from .problems import Problem, activation
 
 both = pytest.mark.parametrize("dense", [False, True])
@@ -221,3 +222,21 @@ def test_rescaling_keeps_the_selection() -> None:
         function.rescale(torch.tensor(0.125))
         torch.testing.assert_close(select(function, normal(1) / 8, dense=True) * 8, before)
         assert torch.equal(select(function, normal(1) / 8, dense=True) != 0, before != 0)
+
+
+def test_a_descendant_with_candidates_of_its_own_is_asked_for_them() -> None:
+    """However fast the way to its parent's: here only even columns are candidates."""
+
+    class EvenTopK(TopK):
+        name = "eventopk"
+
+        def candidates(self, s_BF: Tensor, rows: slice) -> Tensor:
+            return self.offer(2 * s_BF[:, ::2].topk(self.k, dim=1).indices)
+
+    try:
+        problem = Problem("topk", gated=False, settings={"top_k": 3})
+        problem.activation = EvenTopK(sae_config(d_model=1, expansion_factor=24.0, act_fn="topk", top_k=3))
+        latents_NF = problem.encode(dense=False).dense()
+        assert latents_NF.any() and not latents_NF[:, 1::2].any()
+    finally:
+        del ActivationFunction.registry["eventopk"]
