@@ -137,8 +137,8 @@ def test_a_kind_that_lacks_a_method_needs_no_entry_anywhere(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = config_of("molt")
-    kind = AbstractSparseAutoEncoder.kinds["molt"]
-    monkeypatch.delattr(kind, "init_encoder_bias_with_mean_hidden_pre")
+    lacking = AbstractSparseAutoEncoder.init_encoder_bias_with_mean_hidden_pre
+    monkeypatch.setattr(AbstractSparseAutoEncoder.kinds["molt"], "init_encoder_bias_with_mean_hidden_pre", lacking)
     with pytest.raises(ConfigError, match=r"^init_encoder_bias_with_mean_hidden_pre=True has no effect: .*'molt'"):
         fresh(cfg, untouched(), model, {"init_encoder_bias_with_mean_hidden_pre": True})
 

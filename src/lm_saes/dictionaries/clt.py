@@ -22,7 +22,7 @@ from lm_saes.dictionaries.config import ALL_ACTIVATIONS, BaseSAEConfig
 from lm_saes.dictionaries.files import check_fit
 from lm_saes.dictionaries.normalization import geometric_median
 from lm_saes.dictionaries.record import Record
-from lm_saes.dictionaries.rows import active_directions, valid_rows
+from lm_saes.dictionaries.rows import active_directions, scale_to, valid_rows
 from lm_saes.dictionaries.sites import SitedDictionary, side_by_side
 from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import Code
@@ -180,7 +180,7 @@ class CrossLayerTranscoder(SitedDictionary):
     @torch.no_grad()
     def set_decoder_to_fixed_norm(self, value: float, force_exact: bool) -> None:
         """Bring the norm over all target layers together to `value`."""
-        ratio_LF = value / self.decoder_norm().clamp(min=torch.finfo(self.cfg.dtype).tiny ** 0.5)
+        ratio_LF = scale_to(value, self.decoder_norm())
         for D_FTD, ratio_F in zip(self.decoders, ratio_LF if force_exact else ratio_LF.clamp(max=1), strict=True):
             D_FTD.mul_(ratio_F[:, None, None])
 
@@ -210,7 +210,7 @@ class CrossLayerTranscoder(SitedDictionary):
             D_FTD.div_(factors_out[i:, None])
         for b_D, factor in zip(self.b_D, factors_out, strict=False):
             b_D.div_(factor)
-        self.cfg = self.cfg.model_copy(update={"norm_activation": "inference"})
+        self.mark_folded()
 
     # -- initialisation, files -------------------------------------------------------------------------------------
 

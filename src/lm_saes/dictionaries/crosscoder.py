@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lm_saes.dictionaries.config import ALL_ACTIVATIONS, BaseSAEConfig
 from lm_saes.dictionaries.normalization import geometric_median
 from lm_saes.dictionaries.record import Record
-from lm_saes.dictionaries.rows import active_directions, valid_rows
+from lm_saes.dictionaries.rows import active_directions, scale_to, valid_rows
 from lm_saes.dictionaries.sites import SitedDictionary, side_by_side
 from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import Code
@@ -130,7 +130,7 @@ class CrossCoder(SitedDictionary):
 
     @torch.no_grad()
     def set_decoder_to_fixed_norm(self, value: float, force_exact: bool) -> None:
-        ratio = value / self.decoder_norm(keepdim=True).clamp(min=torch.finfo(self.cfg.dtype).tiny ** 0.5)
+        ratio = scale_to(value, self.decoder_norm(keepdim=True))
         self.W_D.mul_(ratio if force_exact else ratio.clamp(max=1))
 
     def transform_to_unit_decoder_norm(self) -> None:
@@ -159,7 +159,7 @@ class CrossCoder(SitedDictionary):
         self.W_D.div_(factors[:, None, None])
         if self.b_D is not None:
             self.b_D.div_(factors[:, None])
-        self.cfg = self.cfg.model_copy(update={"norm_activation": "inference"})
+        self.mark_folded()
 
     # -- initialisation --------------------------------------------------------------------------------------------
 

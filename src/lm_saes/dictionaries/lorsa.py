@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.lorsa_config import LorsaConfig
-from lm_saes.dictionaries.normalization import geometric_median
 from lm_saes.dictionaries.record import Record
-from lm_saes.dictionaries.rows import active_directions, flat_mask, hook_rows, valid_rows
+from lm_saes.dictionaries.rows import active_directions, flat_mask, scale_to, valid_rows
+from lm_saes.dictionaries.single import SingleDictionary
 from lm_saes.errors import ConfigError, DataError
 from lm_saes.latents.attention import HeadNorm, attend, contexts, pattern, project, refuse_left_padding
 from lm_saes.latents.codes import Code
@@ -46,7 +45,7 @@ class _Attended(Record):
     """`[N, F]`; differentiable."""
 
 
-class LowRankSparseAttention(AbstractSparseAutoEncoder):
+class LowRankSparseAttention(SingleDictionary):
     """A low-rank sparse attention layer. It reads whole contexts, `[batch, seq, d]`.
 
     Attention is causal and padding stands on the right, so no mask ever changes it: masked tokens count nowhere, but
@@ -56,7 +55,7 @@ class LowRankSparseAttention(AbstractSparseAutoEncoder):
     config_class = LorsaConfig
     reads_uniform_bounds = False
     has_encoder_norm = False
-    cfg: LorsaConfig
+    cfg: LorsaConfig  # type: ignore[assignment]
 
     def __init__(self, cfg: LorsaConfig) -> None:
         super().__init__(cfg)
@@ -76,13 +75,10 @@ class LowRankSparseAttention(AbstractSparseAutoEncoder):
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def prepare_input(self, batch: Mapping[str, Any]) -> Tensor:
-        return self._contexts(batch, self.cfg.hook_point_in)
+        return contexts(super().prepare_input(batch), self.cfg.n_ctx, self.cfg.hook_point_in)
 
     def prepare_label(self, batch: Mapping[str, Any]) -> Tensor:
-        return self._contexts(batch, self.cfg.hook_point_out)
-
-    def _contexts(self, batch: Mapping[str, Any], hook_point: str) -> Tensor:
-        return contexts(hook_rows(batch, hook_point, self.cfg.d_model), self.cfg.n_ctx, hook_point)
+        return contexts(super().prepare_label(batch), self.cfg.n_ctx, self.cfg.hook_point_out)
 
     def _queries_and_keys(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         q, k = project(x_BSD, self.W_Q, self.b_Q), project(x_BSD, self.W_K, self.b_K)
@@ -105,12 +101,10 @@ class LowRankSparseAttention(AbstractSparseAutoEncoder):
         return select(self.hidden_pre(x).flatten(0, 1), self.activation_function, scale_F, flat_mask(mask))
 
     def _decode_code(self, code: Code) -> Tensor:
-        y_ND = self.axis.leave(code.decode(self.W_O))
-        return y_ND if self.b_D is None else y_ND + self.b_D
+        return self._add_bias(self.axis.leave(code.decode(self.W_O)))
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        y = self.axis.leave(feature_acts @ self.W_O)
-        return y if self.b_D is None else y + self.b_D
+        return self._add_bias(self.axis.leave(feature_acts @ self.W_O))
 
     def make_record(self, batch: Mapping[str, Any]) -> Record:
         x_BSD, y_BSD = self.prepare_input(batch), self.prepare_label(batch)
@@ -118,9 +112,8 @@ class LowRankSparseAttention(AbstractSparseAutoEncoder):
         mask_N, norm_F = flat_mask(batch.get("mask")), self.decoder_norm()
         h_NF = self.hidden_pre(x_BSD).flatten(0, 1)
         code = select(h_NF, self.activation_function, self.selection_scale(norm_F), mask_N)
-        n_tokens = torch.tensor(len(h_NF), device=h_NF.device) if mask_N is None else mask_N.sum()
         return _Attended(x_BSD.flatten(0, 1)[None], y_BSD.flatten(0, 1)[None], code, self._decode_code(code)[None],
-                         mask_N, n_tokens.to(torch.float32), norm_F[None], hidden_pre=h_NF)  # fmt: skip
+                         mask_N, norm_F[None], hidden_pre=h_NF)  # fmt: skip
 
     def reconstruct(self, batch: Mapping[str, Any]) -> Tensor:
         x = self.prepare_input(self.normalize_activations(batch))
@@ -148,13 +141,9 @@ class LowRankSparseAttention(AbstractSparseAutoEncoder):
     def decoder_norm(self, keepdim: bool = False) -> Tensor:
         return torch.linalg.vector_norm(self.W_O, dim=1, keepdim=keepdim)
 
-    def decoder_bias_norm(self) -> Tensor:
-        return self.W_O.new_zeros(()) if self.b_D is None else torch.linalg.vector_norm(self.b_D)
-
     @torch.no_grad()
     def set_decoder_to_fixed_norm(self, value: float, force_exact: bool) -> None:
-        norm = self.decoder_norm(keepdim=True)
-        factor = torch.where(norm > 0, value / norm, 1.0)
+        factor = scale_to(value, self.decoder_norm(keepdim=True))
         self.W_O.mul_(factor if force_exact else factor.clamp(max=1))
 
     def set_encoder_to_fixed_norm(self, value: float) -> None:
@@ -192,7 +181,7 @@ class LowRankSparseAttention(AbstractSparseAutoEncoder):
             self.b_D.div_(factor_out)
         if self.cfg.sparsity_include_decoder_norm:
             self.activation_function.rescale(1 / factor_out)
-        self.cfg = self.cfg.model_copy(update={"norm_activation": "inference"})
+        self.mark_folded()
 
     def load_full_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
         super().load_full_state_dict({name: t for name, t in state.items() if name not in _OLD_BUFFERS}, strict)
@@ -217,13 +206,6 @@ class LowRankSparseAttention(AbstractSparseAutoEncoder):
         self.W_V.normal_(std=self.cfg.d_sae**-0.5)
         self.W_O.normal_(std=self.cfg.d_model**-0.5)
         self.init_thresholds(init_log_jumprelu_threshold_value)
-
-    @torch.no_grad()
-    def init_decoder_bias_with_geometric_median(self, batch: Mapping[str, Any]) -> None:
-        """`b_D =` the geometric median of the valid (normalised) labels."""
-        if self.b_D is None:
-            raise ConfigError("bias_init_method: use_decoder_bias is off; there is no bias to set")
-        self.b_D.copy_(geometric_median(valid_rows(self.prepare_label(batch), batch)))
 
     @torch.no_grad()
     def init_encoder_bias_with_mean_hidden_pre(self, batch: Mapping[str, Any]) -> None:

@@ -6,14 +6,14 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from lm_saes.dictionaries.config import BaseSAEConfig
+from lm_saes.dictionaries.single import SingleConfig
 from lm_saes.latents.rotary import NTKByParts, Rotary
 
 _ROTARY = ("rotary_dim", "rotary_base", "rotary_adjacent_pairs", "rotary_scale", "use_NTK_by_parts_rope")
 _BY_PARTS = ("NTK_by_parts_factor", "NTK_by_parts_low_freq_factor", "NTK_by_parts_high_freq_factor", "old_context_len")
 
 
-class LorsaConfig(BaseSAEConfig):
+class LorsaConfig(SingleConfig):
     """A low-rank sparse attention layer."""
 
     sae_type: Literal["lorsa"] = "lorsa"  # type: ignore[assignment]
@@ -85,14 +85,6 @@ class LorsaConfig(BaseSAEConfig):
         elif self.normalization_type is None:
             raise ValueError("normalization_type=None: use_post_qk_ln needs one; use 'LN' or 'RMS'")
         return self
-
-    @property
-    def hook_points_read(self) -> list[str]:
-        return [self.hook_point_in]
-
-    @property
-    def hook_points_written(self) -> list[str]:
-        return [self.hook_point_out]
 
     @property
     def n_ov_heads(self) -> int:

@@ -18,30 +18,23 @@ import torch
 from pydantic import Field, ValidationInfo, model_validator
 from torch import Tensor, nn
 
-from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
-from lm_saes.dictionaries.config import BaseSAEConfig
-from lm_saes.dictionaries.normalization import geometric_median
 from lm_saes.dictionaries.record import Record
-from lm_saes.dictionaries.rows import flat_mask, hook_rows, valid_rows
+from lm_saes.dictionaries.rows import flat_mask, scale_to
+from lm_saes.dictionaries.single import LinearlyEncoded, SingleConfig
 from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import Code, DenseCode
-from lm_saes.latents.hidden import Hidden
-from lm_saes.latents.linear import LinearEncoder, encode
+from lm_saes.latents.linear import encode
 from lm_saes.latents.transforms import DENSITY_SCALE, Transforms, active_code
 from lm_saes.losses.dead_latents import strongest
 
 Positive = Annotated[int, Field(gt=0)]
 
 
-class MOLTConfig(BaseSAEConfig):
+class MOLTConfig(SingleConfig):
     """A mixture of linear transforms, which reads one hook point and writes another (or the same)."""
 
     sae_type: Literal["molt"] = "molt"  # type: ignore[assignment]
     """Kind of dictionary."""
-    hook_point_in: str = Field(min_length=1)
-    """Hook point that is read."""
-    hook_point_out: str = Field(min_length=1)
-    """Hook point that is reconstructed."""
     rank_counts: dict[Positive, Positive] = Field(min_length=1)
     """How many transforms there are of each rank; `d_sae` is their sum."""
     expansion_factor: float | None = Field(default=None, gt=0)  # type: ignore[assignment]
@@ -67,16 +60,8 @@ class MOLTConfig(BaseSAEConfig):
         """`rank_counts` in the order of latents: by ascending rank."""
         return dict(sorted(self.rank_counts.items()))
 
-    @property
-    def hook_points_read(self) -> list[str]:
-        return [self.hook_point_in]
 
-    @property
-    def hook_points_written(self) -> list[str]:
-        return [self.hook_point_out]
-
-
-class MixtureOfLinearTransform(AbstractSparseAutoEncoder):
+class MixtureOfLinearTransform(LinearlyEncoded):
     """A mixture of linear transforms."""
 
     config_class = MOLTConfig
@@ -97,20 +82,9 @@ class MixtureOfLinearTransform(AbstractSparseAutoEncoder):
     # -- forward ---------------------------------------------------------------------------------------------------
 
     @property
-    def encoder(self) -> LinearEncoder:
-        """The encoder's weights."""
-        return LinearEncoder(self.W_E, self.b_E)
-
-    @property
     def transforms(self) -> Transforms:
         """All transforms, in the order of latents."""
         return Transforms([(self.U_matrices[str(rank)], self.V_matrices[str(rank)]) for rank in self.cfg.ranks])
-
-    def prepare_input(self, batch: Mapping[str, Any]) -> Tensor:
-        return hook_rows(batch, self.cfg.hook_point_in, self.cfg.d_model)
-
-    def prepare_label(self, batch: Mapping[str, Any]) -> Tensor:
-        return hook_rows(batch, self.cfg.hook_point_out, self.cfg.d_model)
 
     def encode_sparse(self, x: Tensor, mask: Tensor | None = None) -> Code:
         return self._encode_rows(x.reshape(-1, x.shape[-1]), flat_mask(mask), self.decoder_norm())
@@ -119,12 +93,8 @@ class MixtureOfLinearTransform(AbstractSparseAutoEncoder):
         x_ND, scale_F = self.axis.enter(x_ND), self.selection_scale(norm_F)
         return encode(x_ND, self.encoder, self.activation_function, scale_F, mask_N, density_scale=DENSITY_SCALE)
 
-    def hidden_pre(self, x: Tensor) -> Tensor:
-        return self.encoder.pre_activations(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
-
     def _decode_code(self, code: Code, x_ND: Tensor) -> Tensor:
-        y_ND = self.axis.leave(self.transforms.mix(code, self.axis.enter(x_ND)))
-        return y_ND if self.b_D is None else y_ND + self.b_D
+        return self._add_bias(self.axis.leave(self.transforms.mix(code, self.axis.enter(x_ND))))
 
     def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
         """The (normalised) reconstruction of dense latents `[..., F]`, which transform the (normalised) input `x`."""
@@ -142,8 +112,7 @@ class MixtureOfLinearTransform(AbstractSparseAutoEncoder):
         y_ND = self.prepare_label(batch).reshape(-1, self.cfg.d_model)
         mask_N, norm_F = flat_mask(batch.get("mask")), self.decoder_norm()
         code = self._encode_rows(x_ND, mask_N, norm_F)
-        n_tokens = (torch.tensor(len(x_ND), device=x_ND.device) if mask_N is None else mask_N.sum()).to(torch.float32)
-        return Record(x_ND[None], y_ND[None], code, self._decode_code(code, x_ND)[None], mask_N, n_tokens, norm_F[None])
+        return Record(x_ND[None], y_ND[None], code, self._decode_code(code, x_ND)[None], mask_N, norm_F[None])
 
     def reconstruct(self, batch: Mapping[str, Any]) -> Tensor:
         x = self.prepare_input(self.normalize_activations(batch))
@@ -151,11 +120,6 @@ class MixtureOfLinearTransform(AbstractSparseAutoEncoder):
         return self.denormalize_activations(batch, y_ND.view(x.shape))
 
     # -- losses ----------------------------------------------------------------------------------------------------
-
-    def pre_activation_loss(self, record: Record) -> Tensor:
-        """Gated `sum_i relu(theta_i - h_i norm_i)`, else `sum_i relu(theta_i - h_i) norm_i`; mean over tokens."""
-        hidden = Hidden.of(record.code, record.input[0], self.encoder)
-        return record.row_mean_of_sum(self.axis.leave(self.shortfall(hidden, record.norm[0], record.mask)))
 
     def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:
         """As for an autoencoder: what the dead transforms make of the input is to explain the error."""
@@ -168,16 +132,10 @@ class MixtureOfLinearTransform(AbstractSparseAutoEncoder):
 
     # -- norms, folding --------------------------------------------------------------------------------------------
 
-    def encoder_norm(self, keepdim: bool = False) -> Tensor:
-        return torch.linalg.vector_norm(self.W_E, dim=0, keepdim=keepdim)
-
     def decoder_norm(self, keepdim: bool = False) -> Tensor:
         """`||U_i V_i||_F` of each transform, `[F]`; differentiable."""
         norm_F = self.transforms.norms()
         return norm_F[:, None] if keepdim else norm_F
-
-    def decoder_bias_norm(self) -> Tensor:
-        return self.W_E.new_zeros(()) if self.b_D is None else torch.linalg.vector_norm(self.b_D)
 
     @torch.no_grad()
     def _scale_transforms(self, factor_F: Tensor) -> None:
@@ -189,14 +147,8 @@ class MixtureOfLinearTransform(AbstractSparseAutoEncoder):
 
     @torch.no_grad()
     def set_decoder_to_fixed_norm(self, value: float, force_exact: bool) -> None:
-        norm_F = self.decoder_norm()
-        factor_F = torch.where(norm_F > 0, value / norm_F, 1.0)
+        factor_F = scale_to(value, self.decoder_norm())
         self._scale_transforms(factor_F if force_exact else factor_F.clamp(max=1))
-
-    @torch.no_grad()
-    def set_encoder_to_fixed_norm(self, value: float) -> None:
-        norm_F = self.encoder_norm()
-        self.W_E.mul_(torch.where(norm_F > 0, value / norm_F, 1.0))
 
     @torch.no_grad()
     def transform_to_unit_decoder_norm(self) -> None:
@@ -231,7 +183,7 @@ class MixtureOfLinearTransform(AbstractSparseAutoEncoder):
             self.b_D.div_(factor_out)
         if self.cfg.sparsity_include_decoder_norm:
             self.activation_function.rescale(factor_in / factor_out)
-        self.cfg = self.cfg.model_copy(update={"norm_activation": "inference"})
+        self.mark_folded()
 
     # -- initialisation --------------------------------------------------------------------------------------------
 
@@ -248,18 +200,6 @@ class MixtureOfLinearTransform(AbstractSparseAutoEncoder):
         if self.b_D is not None:
             self.b_D.zero_()
         self.init_thresholds(init_log_jumprelu_threshold_value)
-
-    @torch.no_grad()
-    def init_decoder_bias_with_geometric_median(self, batch: Mapping[str, Any]) -> None:
-        """`b_D =` the geometric median of the valid (normalised) labels."""
-        if self.b_D is None:
-            raise ConfigError("bias_init_method: use_decoder_bias is off; there is no bias to set")
-        self.b_D.copy_(geometric_median(valid_rows(self.prepare_label(batch), batch)))
-
-    @torch.no_grad()
-    def init_encoder_bias_with_mean_hidden_pre(self, batch: Mapping[str, Any]) -> None:
-        """`b_E = -` the mean over valid tokens of `x W_E` (`batch` is normalised)."""
-        self.b_E.copy_(-valid_rows(self.prepare_input(batch), batch).mean(0) @ self.W_E)
 
     def dim_maps(self) -> dict[str, dict[str, int]]:
         """Every rank's transforms are cut along the model axis."""

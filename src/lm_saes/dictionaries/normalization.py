@@ -86,6 +86,10 @@ class Normalizing(nn.Module):
             raise NotImplementedError(f"norm_activation={mode!r} depends on the activations: nothing to fold")
         return mode == "dataset-wise"
 
+    def mark_folded(self) -> None:
+        """Scale nothing any more: the factors are in the weights."""
+        self.cfg = self.cfg.model_copy(update={"norm_activation": "inference"})
+
     def set_dataset_average_activation_norm(self, norms: Mapping[str, float]) -> None:
         """Set the mean norm of each hook point's raw activations."""
         missing = [hook for hook in self.cfg.associated_hook_points if not float(norms.get(hook, 0)) > 0]

@@ -28,11 +28,16 @@ class Record:
     """`[G, N, D]`."""
     mask: Tensor | None
     """Which tokens count, bool `[N]`; None: all."""
-    n_tokens: Tensor
-    """How many tokens count (0-d)."""
     norm: Tensor
     """Decoder norms `[code_sites, F]`; differentiable."""
     code_sites: int = 1
+
+    @cached_property
+    def n_tokens(self) -> Tensor:
+        """How many tokens count (0-d)."""
+        if self.mask is None:
+            return torch.tensor(self.label.shape[1], dtype=torch.float32, device=self.label.device)
+        return self.mask.sum().to(torch.float32)
 
     @cached_property
     def row_mask(self) -> Tensor | None:

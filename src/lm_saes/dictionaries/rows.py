@@ -37,6 +37,11 @@ def valid_rows(x: Tensor, batch: Mapping[str, Any]) -> Tensor:
     return x_ND if mask_N is None else x_ND[mask_N]
 
 
+def scale_to(value: float, norm: Tensor) -> Tensor:
+    """What brings `norm` to `value`; a zero norm stays zero."""
+    return torch.where(norm > 0, value / norm, 1.0)
+
+
 def active_directions(y_ND: Tensor, n: int) -> Tensor:
     """The n orthonormal directions of most variance of the rows, `[n, D]`.
 

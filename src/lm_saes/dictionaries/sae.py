@@ -17,14 +17,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
-from lm_saes.dictionaries.config import BaseSAEConfig
-from lm_saes.dictionaries.normalization import geometric_median
 from lm_saes.dictionaries.record import Record
-from lm_saes.dictionaries.rows import active_directions, flat_mask, hook_rows, valid_rows
-from lm_saes.errors import ConfigError
+from lm_saes.dictionaries.rows import active_directions, flat_mask, scale_to, valid_rows
+from lm_saes.dictionaries.single import LinearlyEncoded, SingleConfig
 from lm_saes.latents.codes import Code
-from lm_saes.latents.hidden import Hidden
 from lm_saes.latents.linear import LinearEncoder, encode
 from lm_saes.losses.dead_latents import auxk
 
@@ -32,32 +28,22 @@ MLP_ROWS = 4096
 """Rows that go through the model's MLP at a time: its hidden layer is several times wider than the model."""
 
 
-class SAEConfig(BaseSAEConfig):
+class SAEConfig(SingleConfig):
     """A sparse autoencoder, or a transcoder if the two hook points differ."""
 
     sae_type: Literal["sae"] = "sae"  # type: ignore[assignment]
     """Kind of dictionary."""
-    hook_point_in: str = Field(min_length=1)
-    """Hook point that is read."""
     hook_point_out: str = Field(min_length=1)
     """Hook point that is reconstructed; another than `hook_point_in` makes a transcoder."""
     use_glu_encoder: bool = False
     """Multiply each pre-activation by a learnt gate (gated linear unit)."""
-
-    @property
-    def hook_points_read(self) -> list[str]:
-        return [self.hook_point_in]
-
-    @property
-    def hook_points_written(self) -> list[str]:
-        return [self.hook_point_out]
 
 
 def _latent_major(d_model: int, d_sae: int, cfg: SAEConfig) -> nn.Parameter:
     return nn.Parameter(torch.zeros(d_sae, d_model, dtype=cfg.dtype).T)
 
 
-class SparseAutoEncoder(AbstractSparseAutoEncoder):
+class SparseAutoEncoder(LinearlyEncoded):
     """A sparse autoencoder or transcoder."""
 
     config_class = SAEConfig
@@ -81,13 +67,7 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
         """The encoder's weights."""
         if self.cfg.use_glu_encoder:
             return LinearEncoder(self.W_E, self.b_E, self.W_E_glu, self.b_E_glu)
-        return LinearEncoder(self.W_E, self.b_E)
-
-    def prepare_input(self, batch: Mapping[str, Any]) -> Tensor:
-        return hook_rows(batch, self.cfg.hook_point_in, self.cfg.d_model)
-
-    def prepare_label(self, batch: Mapping[str, Any]) -> Tensor:
-        return hook_rows(batch, self.cfg.hook_point_out, self.cfg.d_model)
+        return super().encoder
 
     def encode_sparse(self, x: Tensor, mask: Tensor | None = None) -> Code:
         return self._encode_rows(x.reshape(-1, x.shape[-1]), mask, self.decoder_norm())
@@ -96,16 +76,11 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
         scale_F = self.selection_scale(norm_F)
         return encode(self.axis.enter(x_ND), self.encoder, self.activation_function, scale_F, flat_mask(mask))
 
-    def hidden_pre(self, x: Tensor) -> Tensor:
-        return self.encoder.pre_activations(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
-
     def _decode_code(self, code: Code) -> Tensor:
-        y_ND = self.axis.leave(code.decode(self.W_D))
-        return y_ND if self.b_D is None else y_ND + self.b_D
+        return self._add_bias(self.axis.leave(code.decode(self.W_D)))
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        y = self.axis.leave(feature_acts @ self.W_D)
-        return y if self.b_D is None else y + self.b_D
+        return self._add_bias(self.axis.leave(feature_acts @ self.W_D))
 
     def make_record(self, batch: Mapping[str, Any]) -> Record:
         x_ND = self.prepare_input(batch).reshape(-1, self.cfg.d_model)
@@ -113,8 +88,7 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
         mask_N = flat_mask(batch.get("mask"))
         norm_F = self.decoder_norm()
         code = self._encode_rows(x_ND, mask_N, norm_F)
-        n_tokens = (torch.tensor(len(x_ND), device=x_ND.device) if mask_N is None else mask_N.sum()).to(torch.float32)
-        return Record(x_ND[None], y_ND[None], code, self._decode_code(code)[None], mask_N, n_tokens, norm_F[None])
+        return Record(x_ND[None], y_ND[None], code, self._decode_code(code)[None], mask_N, norm_F[None])
 
     def reconstruct(self, batch: Mapping[str, Any]) -> Tensor:
         x = self.prepare_input(self.normalize_activations(batch))
@@ -123,11 +97,6 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
 
     # -- losses ----------------------------------------------------------------------------------------------------
 
-    def pre_activation_loss(self, record: Record) -> Tensor:
-        """Gated `sum_i relu(theta_i - h_i norm_i)`, else `sum_i relu(theta_i - h_i) norm_i`; mean over tokens."""
-        hidden = Hidden.of(record.code, record.input[0], self.encoder)
-        return record.row_mean_of_sum(self.axis.leave(self.shortfall(hidden, record.norm[0], record.mask)))
-
     def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:
         scale_F = self.selection_scale(record.norm[0])
         h = self.encoder.rows(dead).pre_activations(record.input[0])
@@ -135,23 +104,13 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
 
     # -- norms, folding --------------------------------------------------------------------------------------------
 
-    def encoder_norm(self, keepdim: bool = False) -> Tensor:
-        return torch.linalg.vector_norm(self.W_E, dim=0, keepdim=keepdim)
-
     def decoder_norm(self, keepdim: bool = False) -> Tensor:
         return torch.linalg.vector_norm(self.W_D, dim=1, keepdim=keepdim)
 
-    def decoder_bias_norm(self) -> Tensor:
-        return self.W_D.new_zeros(()) if self.b_D is None else torch.linalg.vector_norm(self.b_D)
-
     @torch.no_grad()
     def set_decoder_to_fixed_norm(self, value: float, force_exact: bool) -> None:
-        factor = _scale_to(value, self.decoder_norm(keepdim=True))
+        factor = scale_to(value, self.decoder_norm(keepdim=True))
         self.W_D.mul_(factor if force_exact else factor.clamp(max=1))
-
-    @torch.no_grad()
-    def set_encoder_to_fixed_norm(self, value: float) -> None:
-        self.W_E.mul_(_scale_to(value, self.encoder_norm(keepdim=True)))
 
     @torch.no_grad()
     def transform_to_unit_decoder_norm(self) -> None:
@@ -185,7 +144,7 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
             self.b_D.div_(factor_out)
         if self.cfg.sparsity_include_decoder_norm:
             self.activation_function.rescale(1 / factor_out)
-        self.cfg = self.cfg.model_copy(update={"norm_activation": "inference"})
+        self.mark_folded()
 
     # -- initialisation --------------------------------------------------------------------------------------------
 
@@ -207,18 +166,6 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
     def init_encoder_with_decoder_transpose(self, factor: float = 1.0) -> None:
         """`W_E = factor x W_D^T`."""
         self.W_E.copy_(self.W_D.T).mul_(factor)
-
-    @torch.no_grad()
-    def init_decoder_bias_with_geometric_median(self, batch: Mapping[str, Any]) -> None:
-        """`b_D =` the geometric median of the valid (normalised) labels."""
-        if self.b_D is None:
-            raise ConfigError("bias_init_method: use_decoder_bias is off; there is no bias to set")
-        self.b_D.copy_(geometric_median(valid_rows(self.prepare_label(batch), batch)))
-
-    @torch.no_grad()
-    def init_encoder_bias_with_mean_hidden_pre(self, batch: Mapping[str, Any]) -> None:
-        """`b_E = -` the mean over valid tokens of `x W_E` (`batch` is normalised)."""
-        self.b_E.copy_(-valid_rows(self.prepare_input(batch), batch).mean(0) @ self.W_E)
 
     @torch.no_grad()
     def init_W_D_with_active_subspace(self, batch: Mapping[str, Any], d_active_subspace: int) -> None:
@@ -250,8 +197,3 @@ class SparseAutoEncoder(AbstractSparseAutoEncoder):
                 "W_E_glu": {"model": 1}, "b_E_glu": {"model": 0},
                 "activation_function.log_jumprelu_threshold": {"model": 0}}  # fmt: skip
         return {name: maps[name] for name, _ in self.named_parameters()}
-
-
-def _scale_to(value: float, norm: Tensor) -> Tensor:
-    """What brings `norm` to `value`; a zero norm stays zero."""
-    return torch.where(norm > 0, value / norm, 1.0)

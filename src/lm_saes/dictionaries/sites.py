@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.record import Record
-from lm_saes.dictionaries.rows import flat_mask, hook_rows, valid_rows
+from lm_saes.dictionaries.rows import flat_mask, hook_rows, scale_to, valid_rows
 from lm_saes.latents.codes import Code
 from lm_saes.latents.linear import Encoder, encode
 
@@ -65,9 +65,7 @@ class SitedDictionary(AbstractSparseAutoEncoder):
         y_SND = x_SND if same else self.prepare_label(batch).flatten(1, -2)
         mask_N, norm_SF = flat_mask(batch.get("mask")), self.decoder_norm()
         code = self._encode_rows(x_SND, mask_N, norm_SF)
-        n_tokens = torch.tensor(x_SND.shape[1], device=x_SND.device) if mask_N is None else mask_N.sum()
-        y_hat_SND = self._decode_code(code)
-        return Record(x_SND, y_SND, code, y_hat_SND, mask_N, n_tokens.to(torch.float32), norm_SF, self.n_sites)
+        return Record(x_SND, y_SND, code, self._decode_code(code), mask_N, norm_SF, self.n_sites)
 
     def denormalize_activations(self, batch: Mapping[str, Any], reconstruction: Tensor) -> Tensor:
         return self.denormalize_sites(batch, reconstruction, self.cfg.hook_points_written)
@@ -82,7 +80,7 @@ class SitedDictionary(AbstractSparseAutoEncoder):
 
     @torch.no_grad()
     def set_encoder_to_fixed_norm(self, value: float) -> None:
-        self.W_E.mul_(value / self.encoder_norm(keepdim=True).clamp(min=torch.finfo(self.cfg.dtype).tiny ** 0.5))
+        self.W_E.mul_(scale_to(value, self.encoder_norm(keepdim=True)))
 
     @torch.no_grad()
     def init_encoder_bias_with_mean_hidden_pre(self, batch: Mapping[str, Any]) -> None:
