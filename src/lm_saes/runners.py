@@ -128,6 +128,8 @@ def _train(settings: TrainSettings) -> AbstractSparseAutoEncoder:
         sae.provenance = {"name": settings.sae_name, "series": settings.sae_series, "model": read_by}
         evaluation = _HeldOut(settings.eval, model, apart) if settings.eval and model else None
         with stopping(trainer.stop):
+            if start is not None:
+                trainer.go_on_from(sae, start)
             ended_early = trainer.fit(sae, stream, eval_fn=evaluation, loggers=_loggers(settings, run, start))
     result: Evaluation = {}
     if evaluation:

@@ -149,7 +149,7 @@ class Trainer(RunAttributes):
 
     def _prepare(self, sae: AbstractSparseAutoEncoder, stream: Peekable) -> Run:
         if self._run is None and self.cfg.from_pretrained_path is not None:
-            self._resume(sae, self.cfg.from_pretrained_path)
+            self.go_on_from(sae, checkpoint.find_checkpoint(self.cfg.from_pretrained_path))
         if self._run is None or self._source is not None:
             resume.refuse_older_run(self.cfg.exp_result_path, self._source)
             self._source = None
@@ -185,9 +185,10 @@ class Trainer(RunAttributes):
             raise Interrupted(message, stopped_by)
         return ended_early
 
-    def _resume(self, sae: AbstractSparseAutoEncoder, path: str | Path) -> None:
-        found = resume.load(self.cfg, sae, path)
-        self._source = found.directory
+    def go_on_from(self, sae: AbstractSparseAutoEncoder, directory: Path) -> None:
+        """Put trainer and dictionary back to a checkpoint that `find_checkpoint` found: it is not verified again."""
+        found = resume.load(self.cfg, sae, directory)
+        self._source = directory
         self._run, self._stream_state, self.wandb_run_id = found.run, found.stream_state, found.wandb_run_id
         for name in _PROGRESS:
             setattr(self, name, found.progress.get(name, getattr(self, name)))
@@ -230,9 +231,8 @@ class Trainer(RunAttributes):
             checkpoint_path: a step's directory, or a run's directory for its newest step.
         """
         directory = checkpoint.find_checkpoint(checkpoint_path)
-        trainer = cls(resume.saved_config(directory))
-        trainer.cfg.from_pretrained_path = str(directory)
-        trainer._resume(sae, directory)
+        trainer = cls(resume.saved_config(directory).model_copy(update={"from_pretrained_path": str(directory)}))
+        trainer.go_on_from(sae, directory)
         return trainer
 
     def update_dead_statistics(self, feature_acts: Tensor, mask: Tensor | None, specs: tuple[str, ...]) -> Tensor:

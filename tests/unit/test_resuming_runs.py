@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lm_saes import ActivationFactory, TrainSAESettings, cli, train_sae
+from lm_saes import ActivationFactory, TrainSAESettings, cli, manifest, train_sae
 from lm_saes.config import build
 from lm_saes.data.factory_config import ActivationFactoryConfig
 from lm_saes.data.language_model import LanguageModelConfig, load_language_model
@@ -155,6 +155,25 @@ def test_other_data_and_another_model_are_refused(place: Path, stopped: Path) ->
 
 
 # --- what it costs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_going_on_hashes_every_file_of_the_checkpoint_once(
+    place: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch, by_name: bool
+) -> None:
+    step, real, hashed = stopped / "checkpoints" / "step_8", manifest.sha256, list[Path]()
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return real(path)
+
+    monkeypatch.setattr(manifest, "sha256", counted)
+    if by_name:
+        train(settings(place, stopped, from_pretrained_path=str(step)))
+    else:
+        train(settings(place, stopped) | {"resume": True})
+    of_the_step = sorted(path.name for path in hashed if path.parent == step)
+    assert of_the_step == sorted(path.name for path in step.iterdir() if path.name != manifest.MANIFEST)
 
 
 @pytest.mark.parametrize("buffer", [None, 256])

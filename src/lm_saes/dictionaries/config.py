@@ -148,11 +148,16 @@ class BaseSAEConfig(BaseConfig):
         """Read `config.json` from a directory; the subclass follows from `sae_type`.
 
         Raises:
-            CheckpointError: there is no readable `config.json`.
+            CheckpointError: there is no readable `config.json`, or it is not the one of the manifest.
             ConfigError: what it says, or an override, is not a config.
         """
+        check_file(path, "config.json")
+        return cls.read(path, **overrides)
+
+    @classmethod
+    def read(cls, path: str | Path, **overrides: Any) -> BaseSAEConfig:
+        """The same as `from_pretrained`, but no manifest is asked: for a directory that has just been verified."""
         file = Path(path, "config.json")
-        check_file(path, file.name)
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:

@@ -34,25 +34,26 @@ _NO_EFFECT = frozenset({
 class Resumed:
     """What a run goes on from."""
 
-    directory: Path
     run: Run
     progress: Mapping[str, Any]
     stream_state: dict[str, Any] | None
     wandb_run_id: str | None
 
 
-def load(cfg: TrainerConfig, sae: AbstractSparseAutoEncoder, path: str | Path) -> Resumed:
-    """Put dictionary, optimizer, statistics and random generator back to the checkpoint that `path` means.
+def load(cfg: TrainerConfig, sae: AbstractSparseAutoEncoder, directory: Path) -> Resumed:
+    """Put dictionary, optimizer, statistics and random generator back to a checkpoint.
+
+    Args:
+        directory: what `find_checkpoint` found: its files have been compared with the manifest and are not hashed here.
 
     Raises:
-        CheckpointError: it is torn, altered, or of a run with other settings.
+        CheckpointError: it is of a run with other settings, or does not hold what a checkpoint holds.
     """
-    directory = checkpoint.find_checkpoint(path)
     refuse_changes(directory, sae.cfg, cfg)
     progress = checkpoint.read_json(directory / checkpoint.PROGRESS, "batch_tokens", "cur_step", "cur_tokens")
     run = Run.begin(cfg, sae, progress["batch_tokens"])
     checkpoint.read_tensors(directory, sae, run.board, run.optimizer)
-    return Resumed(directory, run, progress, checkpoint.read_stream(directory), checkpoint.read_run_id(directory))
+    return Resumed(run, progress, checkpoint.read_stream(directory), checkpoint.read_run_id(directory))
 
 
 def saved_config(directory: Path) -> TrainerConfig:
@@ -66,8 +67,11 @@ def saved_config(directory: Path) -> TrainerConfig:
 
 
 def refuse_changes(directory: Path, sae: BaseSAEConfig, trainer: TrainerConfig) -> None:
-    """Raise `CheckpointError`, with every field, if settings differ that a resumed run may not change."""
-    trained = BaseSAEConfig.from_pretrained(directory)
+    """Raise `CheckpointError`, with every field, if settings differ that a resumed run may not change.
+
+    `directory` is what `find_checkpoint` found: its files are not hashed here.
+    """
+    trained = BaseSAEConfig.read(directory)
     if trained.sae_type == sae.sae_type and trained.norm_activation != sae.norm_activation == "inference":
         raise CheckpointError(
             f"{directory}: the dictionary has norm_activation='inference' but was trained with "

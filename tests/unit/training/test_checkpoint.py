@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lm_saes import SparseAutoEncoder, Trainer, TrainerConfig
+from lm_saes import SparseAutoEncoder, Trainer, TrainerConfig, manifest
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.errors import CheckpointError, ConfigError
 from lm_saes.manifest import write_manifest
@@ -227,6 +227,25 @@ def test_an_altered_file_is_noticed(saved: Path, new_sae: New, file: str, caplog
     with caplog.at_level("WARNING"):
         assert Trainer.from_checkpoint(new_sae("topk"), saved).cur_step == 4
     assert f"step_6: torn, {file}: altered since it was saved; going on from step_4 instead" in caplog.text
+
+
+@pytest.mark.parametrize("way", ["from_checkpoint", "from_pretrained_path"])
+def test_every_file_is_hashed_once(
+    saved: Path, new_sae: New, run: New, batches: New, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    real, hashed = manifest.sha256, list[Path]()
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return real(path)
+
+    monkeypatch.setattr(manifest, "sha256", counted)
+    if way == "from_checkpoint":
+        Trainer.from_checkpoint(new_sae("topk"), saved)
+    else:
+        run(new_sae("topk"), batches(1), steps=7, clip_grad_norm=1.0, from_pretrained_path=str(saved))
+    step = saved / "checkpoints" / "step_6"
+    assert sorted(path.name for path in hashed if path.parent == step) == sorted(PLAIN - {"manifest.json"})
 
 
 @pytest.mark.parametrize("field", ["cfg", "batch_tokens", "cur_step", "cur_tokens"])
