@@ -16,7 +16,6 @@ from lm_saes.data.model_weights import AttentionWeights, attention_weights
 from lm_saes.data.peek import peekable
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
-from lm_saes.dictionaries.lorsa import LorsaConfig, LowRankSparseAttention
 from lm_saes.dictionaries.normalization import NORM_BATCHES, average_norms
 from lm_saes.errors import ConfigError, DataError
 
@@ -29,13 +28,15 @@ COARSE_NORMS = [0.1 * i for i in range(1, 51)]
 FINE_STEPS = 20
 OPTIONAL = {
     "init_encoder_with_decoder_transpose_factor": (
-        "init_encoder_with_decoder_transpose", "has no encoder of its decoder's shape"
+        "has no encoder of its decoder's shape", "init_encoder_with_decoder_transpose"
     ),
-    "bias_init_method": ("init_decoder_bias_with_geometric_median", "has no one decoder bias"),
-    "initialize_W_D_with_active_subspace": ("init_W_D_with_active_subspace", "has no one decoder matrix"),
-    "init_encoder_bias_with_mean_hidden_pre": ("init_encoder_bias_with_mean_hidden_pre", "has no encoder bias"),
+    "bias_init_method": ("has no one decoder bias", "init_decoder_bias_with_geometric_median"),
+    "initialize_W_D_with_active_subspace": (
+        "has no one decoder matrix", "init_W_D_with_active_subspace", "init_W_V_with_active_subspace_per_head"
+    ),
+    "init_encoder_bias_with_mean_hidden_pre": ("has no encoder bias", "init_encoder_bias_with_mean_hidden_pre"),
 }  # fmt: skip
-"""Settings that need a method of the dictionary which not every kind offers, and what a kind without it lacks."""
+"""Settings that need a method of the dictionary: what a kind without one lacks, and the methods, any of which does."""
 
 
 class InitializerConfig(BaseConfig):
@@ -141,7 +142,7 @@ class Initializer:
         """
         self.check(cfg)
         mlp = self._mlp(cfg, model) if self.cfg.initialize_tc_with_mlp else None
-        mhsa = self._attention(cfg, model) if isinstance(cfg, LorsaConfig) else None
+        mhsa = self._attention(cfg, model)
         sae = self.initialize_parameters(AbstractSparseAutoEncoder.from_config(cfg, device_mesh=device_mesh))
         wanted = NORM_BATCHES if cfg.norm_activation == "dataset-wise" and activation_norm is None else 1
         batches = [] if activation_stream is None else peekable(activation_stream).peek(wanted)
@@ -156,7 +157,7 @@ class Initializer:
                 average_norms(batches, cfg.associated_hook_points) if activation_norm is None else activation_norm
             )
             sae.set_dataset_average_activation_norm(measured)
-        if self.cfg.initialize_lorsa_with_mhsa and isinstance(sae, LowRankSparseAttention):
+        if self.cfg.initialize_lorsa_with_mhsa:
             assert mhsa is not None
             sae.init_lorsa_with_mhsa(mhsa)
         if self._looks_at_a_batch():
@@ -165,7 +166,7 @@ class Initializer:
             first = {k: v.to(cfg.device) if isinstance(v, torch.Tensor) else v for k, v in batches[0].items()}
             if mlp is not None:
                 sae.init_tc_with_mlp(first, mlp)
-            if self.cfg.initialize_W_D_with_active_subspace and isinstance(sae, LowRankSparseAttention):
+            if self._starts_per_head(sae):
                 assert mhsa is not None
                 sae.init_W_V_with_active_subspace_per_head(sae.normalize_activations(first), mhsa)
             elif self.cfg.initialize_W_D_with_active_subspace:
@@ -232,7 +233,7 @@ class Initializer:
         Raises:
             ConfigError: with the setting and the reason.
         """
-        kind, this = AbstractSparseAutoEncoder.kinds[cfg.sae_type], f"a dictionary of sae_type={cfg.sae_type!r}"
+        kind, this = AbstractSparseAutoEncoder.kind_of(cfg), f"a dictionary of sae_type={cfg.sae_type!r}"
         tied = (
             self.cfg.init_encoder_with_decoder_transpose
             and "init_encoder_with_decoder_transpose" in self.cfg.model_fields_set
@@ -241,8 +242,8 @@ class Initializer:
             raise ConfigError(
                 f"init_encoder_with_decoder_transpose=True: {this} has no encoder of its decoder's shape; remove it"
             )
-        for name, (method, lack) in OPTIONAL.items():
-            if not kind.offers(method):
+        for name, (lack, *methods) in OPTIONAL.items():
+            if not any(map(kind.offers, methods)):
                 self.cfg.refuse_without_effect([name], f"{this} {lack}")
         if not kind.reads_uniform_bounds:
             bounds = ["encoder_uniform_bound", "decoder_uniform_bound"]
@@ -257,7 +258,7 @@ class Initializer:
                 f"bias_init_method={self.cfg.bias_init_method!r}: use_decoder_bias is off; there is no bias to set"
             )
         if self.cfg.initialize_W_D_with_active_subspace:
-            per_head, m = isinstance(cfg, LorsaConfig), self.cfg.d_active_subspace
+            per_head, m = self._starts_per_head(kind), self.cfg.d_active_subspace
             if per_head and m is not None:
                 raise ConfigError(
                     f"d_active_subspace={m} has no effect: a Lorsa takes d_qk_head of each head; remove it"
@@ -270,7 +271,7 @@ class Initializer:
                 raise ConfigError(
                     f"model_layer={self.cfg.model_layer} has no effect: nothing is taken from the model; remove it"
                 )
-        if self.cfg.initialize_lorsa_with_mhsa and not isinstance(cfg, LorsaConfig):
+        if self.cfg.initialize_lorsa_with_mhsa and not kind.offers("init_lorsa_with_mhsa"):
             raise ConfigError(
                 f"initialize_lorsa_with_mhsa=True: needs sae_type='lorsa', not {cfg.sae_type!r}; remove it"
             )
@@ -281,9 +282,14 @@ class Initializer:
                 "hook_point_in stands in front of); remove it"
             )
 
-    def _attention(self, cfg: LorsaConfig, model: LanguageModel | None) -> AttentionWeights | None:
+    def _starts_per_head(self, kind: AbstractSparseAutoEncoder | type[AbstractSparseAutoEncoder]) -> bool:
+        """Whether the active subspaces are those of the heads of the model's attention."""
+        per_head = kind.offers("init_W_V_with_active_subspace_per_head")
+        return self.cfg.initialize_W_D_with_active_subspace and per_head
+
+    def _attention(self, cfg: BaseSAEConfig, model: LanguageModel | None) -> AttentionWeights | None:
         """The attention that a Lorsa starts from, if it does."""
-        per_head = self.cfg.initialize_W_D_with_active_subspace
+        per_head = self._starts_per_head(AbstractSparseAutoEncoder.kind_of(cfg))
         if not (self.cfg.initialize_lorsa_with_mhsa or per_head):
             return None
         name = "initialize_W_D_with_active_subspace" if per_head else "initialize_lorsa_with_mhsa"

@@ -2,6 +2,8 @@
 
 import logging
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -379,3 +381,16 @@ def test_streams_that_do_not_do(mode: str, settings: dict[str, Any], stream: Any
 
 def test_every_setting_is_described() -> None:
     assert [name for name, field in InitializerConfig.model_fields.items() if not field.description] == []
+
+
+def test_settings_are_checked_for_a_kind_that_nobody_has_imported() -> None:
+    """A Lorsa's config stands in a module of its own."""
+    code = """
+from lm_saes.dictionaries.lorsa_config import LorsaConfig
+from lm_saes.initializer import Initializer, InitializerConfig
+
+cfg = LorsaConfig(hook_point_in="in", hook_point_out="out", d_model=4, expansion_factor=4, n_qk_heads=4, d_qk_head=4,
+                  rotary_dim=4, n_ctx=8)
+Initializer(InitializerConfig()).check(cfg)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.dictionaries.files import Stored, load_weights, read_k, read_provenance
+from lm_saes.dictionaries.initializing import Initializing
 from lm_saes.dictionaries.loss_result import LossResult
 from lm_saes.dictionaries.normalization import Normalizing
 from lm_saes.dictionaries.record import Record
@@ -30,7 +31,7 @@ from lm_saes.losses.settings import LossSettings
 logger = logging.getLogger(__name__)
 
 
-class AbstractSparseAutoEncoder(Selecting, Normalizing, Stored, ABC):
+class AbstractSparseAutoEncoder(Initializing, Selecting, Normalizing, Stored, ABC):
     """A dictionary of sparse latents for a language model's activations.
 
     Activations come as a batch: a mapping from hook point to `[batch, d]` or `[batch, seq, d]`, with `tokens` and an
@@ -122,36 +123,6 @@ class AbstractSparseAutoEncoder(Selecting, Normalizing, Stored, ABC):
     def transform_to_unit_decoder_norm(self) -> None:
         """Bring decoder norms to 1 without changing what the dictionary computes."""
 
-    @classmethod
-    def offers(cls, method: str) -> bool:
-        """Whether this kind has its own version of an optional method, which here only says that there is none."""
-        return getattr(cls, method) is not getattr(AbstractSparseAutoEncoder, method)
-
-    @abstractmethod
-    def init_parameters(self, *, encoder_uniform_bound: float, decoder_uniform_bound: float,
-                        init_log_jumprelu_threshold_value: float | None = None) -> None:  # fmt: skip
-        """Draw fresh weights; biases are 0."""
-
-    def init_encoder_with_decoder_transpose(self, factor: float = 1.0) -> None:
-        """`W_E = factor x W_D^T`."""
-        raise NotImplementedError(f"{type(self).__name__}: encoder and decoder have no common shape to tie")
-
-    def init_decoder_bias_with_geometric_median(self, batch: Mapping[str, Any]) -> None:
-        """Set the decoder bias to the geometric median of the (normalised) labels."""
-        raise NotImplementedError(f"{type(self).__name__}: has no one decoder bias")
-
-    def init_encoder_bias_with_mean_hidden_pre(self, batch: Mapping[str, Any]) -> None:
-        """Set the encoder bias to minus the mean pre-activation of a (normalised) batch."""
-        raise NotImplementedError(f"{type(self).__name__}: has no encoder bias")
-
-    def init_W_D_with_active_subspace(self, batch: Mapping[str, Any], d_active_subspace: int) -> None:
-        """Put decoder rows into the directions of most variance of the (normalised) labels."""
-        raise NotImplementedError(f"{type(self).__name__}: has no one decoder matrix")
-
-    def init_tc_with_mlp(self, batch: Mapping[str, Any], mlp: Callable[[Tensor], Tensor]) -> None:
-        """Start a transcoder's decoder from what the model's own MLP makes of the encoder's directions (raw batch)."""
-        raise NotImplementedError(f"{type(self).__name__}: is no transcoder, so no MLP stands between its hook points")
-
     @abstractmethod
     def dim_maps(self) -> dict[str, dict[str, int]]:
         """Which dimension of each parameter is cut along which mesh axis."""
@@ -236,12 +207,17 @@ class AbstractSparseAutoEncoder(Selecting, Normalizing, Stored, ABC):
         return [*groups, {"params": thresholds, "name": "jumprelu"}] if thresholds else groups
 
     @classmethod
+    def kind_of(cls, cfg: BaseSAEConfig) -> type[AbstractSparseAutoEncoder]:
+        """The class of a config's kind."""
+        cfg.kind(cfg.sae_type)  # imports the module that it is in
+        return cls.kinds[cfg.sae_type]
+
+    @classmethod
     def from_config(cls, cfg: BaseSAEConfig, device_mesh: Any = None) -> Self:
         """A dictionary of the config's kind, weights not yet drawn."""
         if device_mesh is not None:
             raise ConfigError("device_mesh: training over several processes is not available yet; leave it out")
-        cfg.kind(cfg.sae_type)
-        dictionary = cls.kinds[cfg.sae_type](cfg)
+        dictionary = cls.kind_of(cfg)(cfg)
         if not isinstance(dictionary, cls):
             raise ConfigError(f"sae_type={cfg.sae_type!r} is not a {cls.__name__}; use AbstractSparseAutoEncoder")
         return dictionary.to(cfg.device)

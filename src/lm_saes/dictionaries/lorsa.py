@@ -213,11 +213,6 @@ class LowRankSparseAttention(SingleDictionary):
         self.b_V.zero_()
         self.b_V.copy_(-valid_rows(self.hidden_pre(self.prepare_input(batch)), batch).mean(0))
 
-    def init_W_D_with_active_subspace(self, batch: Mapping[str, Any], d_active_subspace: int) -> None:
-        raise NotImplementedError(
-            "Lorsa heads start in value subspaces of the model's heads: use init_W_V_with_active_subspace_per_head"
-        )
-
     @torch.no_grad()
     def init_lorsa_with_mhsa(self, mhsa: AttentionWeights) -> None:
         """Start from a layer's queries and keys: raw inputs then give that layer's own attention patterns.
