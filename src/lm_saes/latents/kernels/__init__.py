@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 from types import ModuleType
 
 from torch import Tensor
@@ -27,11 +28,17 @@ def implementation(device_type: str) -> ModuleType:
     wish = os.environ.get("LM_SAES_KERNELS", "")
     if wish not in ("", "plain"):
         raise ConfigError(f"LM_SAES_KERNELS={wish}: is neither 'plain' nor unset; unset it to let the device decide")
-    if wish == "plain" or device_type != "cuda" or importlib.util.find_spec("triton") is None:
+    if wish == "plain" or device_type != "cuda" or not _has_triton():
         return plain
     from lm_saes.latents.kernels import cuda
 
     return cuda
+
+
+@cache
+def _has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def gather_sum(weights_E: Tensor, indices_E: Tensor, offsets: Tensor, table_XD: Tensor) -> Tensor:

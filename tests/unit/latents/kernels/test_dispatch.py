@@ -47,8 +47,15 @@ def test_the_environment_may_say_nothing_else(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_without_triton_cuda_takes_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert kernels.implementation("cuda") is plain
+    asked: list[str] = []
+    monkeypatch.setattr(importlib.util, "find_spec", asked.append)
+    kernels._has_triton.cache_clear()
+    try:
+        for _ in range(3):
+            assert kernels.implementation("cuda") is plain
+    finally:
+        kernels._has_triton.cache_clear()
+    assert asked == ["triton"]
 
 
 def test_each_function_asks_for_its_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
