@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from importlib.metadata import version
 from typing import Any
 
@@ -61,8 +61,8 @@ class TransformerLensLanguageModel(PretrainedLanguageModel):
                 f"{remedy}"
             )
         try:
-            with self._hooked({hook_point: lambda activation: None}):
-                pass
+            with ExitStack() as hooks:
+                hooks.enter_context(self._hooked({hook_point: lambda activation: None}))
         except ValueError as error:  # a hook that TransformerLens only calls when a setting of its own is on
             raise ConfigError(f"hook point {hook_point!r} is switched off ({one_line(error)}); use another") from error
 
