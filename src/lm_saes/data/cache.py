@@ -17,7 +17,7 @@ from lm_saes.data.batch import Batch
 from lm_saes.data.rows import copy_rows, take_rows
 from lm_saes.data.seeding import permutation
 from lm_saes.errors import ConfigError, DataError
-from lm_saes.files import inside
+from lm_saes.files import inside, sha256
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -116,9 +116,8 @@ class ActivationCache:
         file = self.path / entry.file
         try:
             if shard not in self._verified:
-                with file.open("rb") as handle:
-                    if hashlib.file_digest(handle, "sha256").hexdigest() != entry.sha256:
-                        raise DataError(f"cache {self.path}: {entry.file} was altered (its hash differs); {_REMEDY}")
+                if sha256(file) != entry.sha256:
+                    raise DataError(f"cache {self.path}: {entry.file} was altered (its hash differs); {_REMEDY}")
                 self._verified.add(shard)
             with safe_open(file, framework="pt") as tensors:
                 found = {name: tensors.get_tensor(name) for name in names}

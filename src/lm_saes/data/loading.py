@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 
 from lm_saes.data.language_model import LanguageModelConfig
 from lm_saes.errors import ConfigError
+from lm_saes.files import sha256
 
 
 def automatic_dtype(device: torch.device) -> torch.dtype:
@@ -140,10 +139,10 @@ def weights_identity(cfg: LanguageModelConfig, model: Any) -> dict[str, str]:
         from transformers.utils.hub import cached_file
 
         file = cached_file(source, cfg.gguf_file, cache_dir=cfg.cache_dir, local_files_only=cfg.local_files_only)
-        return {"path": source, "gguf_file": cfg.gguf_file, "sha256": _sha256([Path(str(file))])}
+        return {"path": source, "gguf_file": cfg.gguf_file, "sha256": sha256(str(file))}
     if Path(source).is_dir():
         weights = sorted(file for ending in ("*.safetensors", "*.bin") for file in Path(source).glob(ending))
-        return {"path": source, "sha256": _sha256(weights)}
+        return {"path": source, "sha256": sha256(*weights)}
     return {"path": source, "revision": str(model.config._commit_hash)}
 
 
@@ -155,13 +154,3 @@ def one_line(error: BaseException) -> str:
 
 def _source(cfg: LanguageModelConfig) -> str:
     return cfg.model_from_pretrained_path or cfg.model_name
-
-
-def _sha256(files: Iterable[Path]) -> str:
-    """Digest of the files' bytes, one after the other."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
