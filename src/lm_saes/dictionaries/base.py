@@ -100,10 +100,6 @@ class AbstractSparseAutoEncoder(Initializing, Selecting, Normalizing, Stored, AB
         return self.denormalize_sites(batch, reconstruction[None], self.cfg.hook_points_written)[0]
 
     @abstractmethod
-    def standardize_parameters_of_dataset_norm(self) -> None:
-        """Fold the dataset-wise factors into the weights: raw activations in give raw reconstructions out."""
-
-    @abstractmethod
     def encoder_norm(self, keepdim: bool = False) -> Tensor:
         """Norm of each latent's encoder direction, `[F]`."""
 

@@ -11,7 +11,7 @@ Source: Ameisen et al. 2025, Circuit Tracing (transformer-circuits.pub/2025/attr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,11 +20,9 @@ from torch import Tensor, nn
 
 from lm_saes.dictionaries.config import ALL_ACTIVATIONS, BaseSAEConfig
 from lm_saes.dictionaries.files import check_fit
-from lm_saes.dictionaries.normalization import geometric_median
 from lm_saes.dictionaries.record import Record
 from lm_saes.dictionaries.rows import active_directions, scale_to, valid_rows
 from lm_saes.dictionaries.sites import SitedDictionary, side_by_side
-from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import Code
 from lm_saes.latents.hidden import Hidden
 from lm_saes.latents.linear import LayeredEncoder, LinearEncoder
@@ -110,6 +108,10 @@ class CrossLayerTranscoder(SitedDictionary):
         layers = range(self.cfg.n_layers)
         return [torch.stack([self.decoders[i][:, target - i] for i in range(target + 1)]) for target in layers]
 
+    @property
+    def decoder_biases(self) -> Iterable[Tensor]:
+        return self.b_D
+
     # -- forward ---------------------------------------------------------------------------------------------------
 
     @property
@@ -180,8 +182,7 @@ class CrossLayerTranscoder(SitedDictionary):
     @torch.no_grad()
     def set_decoder_to_fixed_norm(self, value: float, force_exact: bool) -> None:
         """Bring the norm over all target layers together to `value`."""
-        ratio_LF = scale_to(value, self.decoder_norm())
-        for D_FTD, ratio_F in zip(self.decoders, ratio_LF if force_exact else ratio_LF.clamp(max=1), strict=True):
+        for D_FTD, ratio_F in zip(self.decoders, scale_to(value, self.decoder_norm(), force_exact), strict=True):
             D_FTD.mul_(ratio_F[:, None, None])
 
     @torch.no_grad()
@@ -197,11 +198,8 @@ class CrossLayerTranscoder(SitedDictionary):
         self.W_E.mul_(norm_LF[:, None])
         self.b_E.mul_(norm_LF)
 
-    @torch.no_grad()
-    def standardize_parameters_of_dataset_norm(self) -> None:
-        """Fold the dataset-wise factors; with gating, selection keeps the trained norms (`selection_norm`)."""
-        if not self.is_foldable():
-            return
+    def fold_factors(self) -> None:
+        """With gating, selection keeps the trained norms (`selection_norm`)."""
         factors_in = [self.compute_norm_factor(self.b_E, hook) for hook in self.cfg.hook_points_in]
         factors_out = torch.stack([self.compute_norm_factor(self.b_E, hook) for hook in self.cfg.hook_points_out])
         self.keep_selection_norm()
@@ -210,7 +208,6 @@ class CrossLayerTranscoder(SitedDictionary):
             D_FTD.div_(factors_out[i:, None])
         for b_D, factor in zip(self.b_D, factors_out, strict=False):
             b_D.div_(factor)
-        self.mark_folded()
 
     # -- initialisation, files -------------------------------------------------------------------------------------
 
@@ -227,14 +224,6 @@ class CrossLayerTranscoder(SitedDictionary):
         for bias in (self.b_E, *self.b_D):
             bias.zero_()
         self.init_thresholds(init_log_jumprelu_threshold_value)
-
-    @torch.no_grad()
-    def init_decoder_bias_with_geometric_median(self, batch: Mapping[str, Any]) -> None:
-        """`b_D.l =` the geometric median of layer l's valid (normalised) labels."""
-        if not self.cfg.use_decoder_bias:
-            raise ConfigError("bias_init_method: use_decoder_bias is off; there is no bias to set")
-        for b_D, y in zip(self.b_D, self.prepare_label(batch), strict=True):
-            b_D.copy_(geometric_median(valid_rows(y, batch)))
 
     @torch.no_grad()
     def init_W_D_with_active_subspace(self, batch: Mapping[str, Any], d_active_subspace: int) -> None:

@@ -10,7 +10,7 @@ latent's weights in all heads lie together and the products of all heads are one
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,11 +18,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lm_saes.dictionaries.config import ALL_ACTIVATIONS, BaseSAEConfig
-from lm_saes.dictionaries.normalization import geometric_median
 from lm_saes.dictionaries.record import Record
 from lm_saes.dictionaries.rows import active_directions, scale_to, valid_rows
 from lm_saes.dictionaries.sites import SitedDictionary, side_by_side
-from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import Code
 from lm_saes.latents.hidden import Hidden
 from lm_saes.latents.linear import LinearEncoder
@@ -68,6 +66,10 @@ class CrossCoder(SitedDictionary):
         self.b_E = nn.Parameter(torch.zeros(heads, d_sae, dtype=cfg.dtype))
         self.W_D = nn.Parameter(torch.zeros(heads, d_sae, d_model, dtype=cfg.dtype))
         self.b_D = nn.Parameter(torch.zeros(heads, d_model, dtype=cfg.dtype)) if cfg.use_decoder_bias else None
+
+    @property
+    def decoder_biases(self) -> Iterable[Tensor]:
+        return () if self.b_D is None else self.b_D
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -130,8 +132,7 @@ class CrossCoder(SitedDictionary):
 
     @torch.no_grad()
     def set_decoder_to_fixed_norm(self, value: float, force_exact: bool) -> None:
-        ratio = scale_to(value, self.decoder_norm(keepdim=True))
-        self.W_D.mul_(ratio if force_exact else ratio.clamp(max=1))
+        self.W_D.mul_(scale_to(value, self.decoder_norm(keepdim=True), force_exact))
 
     def transform_to_unit_decoder_norm(self) -> None:
         """Not possible: a latent's heads share one pre-activation.
@@ -143,23 +144,14 @@ class CrossCoder(SitedDictionary):
             "a crosscoder's heads share one encoder: norms that differ between heads cannot all be moved into it"
         )
 
-    @torch.no_grad()
-    def standardize_parameters_of_dataset_norm(self) -> None:
-        """Fold the dataset-wise factors; with gating, selection keeps the trained norms (`selection_norm`).
-
-        Raises:
-            NotImplementedError: token-wise or batch-wise scales, which depend on the activations.
-            ConfigError: no average norms are known.
-        """
-        if not self.is_foldable():
-            return
+    def fold_factors(self) -> None:
+        """With gating, selection keeps the trained norms (`selection_norm`)."""
         factors = torch.stack([self.compute_norm_factor(self.W_D, hook) for hook in self.cfg.hook_points])
         self.keep_selection_norm()
         self.W_E.mul_(factors[:, None, None])
         self.W_D.div_(factors[:, None, None])
         if self.b_D is not None:
             self.b_D.div_(factors[:, None])
-        self.mark_folded()
 
     # -- initialisation --------------------------------------------------------------------------------------------
 
@@ -179,14 +171,6 @@ class CrossCoder(SitedDictionary):
     def init_encoder_with_decoder_transpose(self, factor: float = 1.0) -> None:
         """`W_E[j] = factor x W_D[j]^T` for every head."""
         self.W_E.copy_(self.W_D.transpose(1, 2)).mul_(factor)
-
-    @torch.no_grad()
-    def init_decoder_bias_with_geometric_median(self, batch: Mapping[str, Any]) -> None:
-        """`b_D[j] =` the geometric median of head j's valid (normalised) labels."""
-        if self.b_D is None:
-            raise ConfigError("bias_init_method: use_decoder_bias is off; there is no bias to set")
-        for bias_D, y in zip(self.b_D, self.prepare_label(batch), strict=True):
-            bias_D.copy_(geometric_median(valid_rows(y, batch)))
 
     @torch.no_grad()
     def init_W_D_with_active_subspace(self, batch: Mapping[str, Any], d_active_subspace: int) -> None:

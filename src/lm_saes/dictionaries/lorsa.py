@@ -143,8 +143,7 @@ class LowRankSparseAttention(SingleDictionary):
 
     @torch.no_grad()
     def set_decoder_to_fixed_norm(self, value: float, force_exact: bool) -> None:
-        factor = scale_to(value, self.decoder_norm(keepdim=True))
-        self.W_O.mul_(factor if force_exact else factor.clamp(max=1))
+        self.W_O.mul_(scale_to(value, self.decoder_norm(keepdim=True), force_exact))
 
     def set_encoder_to_fixed_norm(self, value: float) -> None:
         raise NotImplementedError("a Lorsa head encodes by queries, keys and values together: no one norm can be fixed")
@@ -161,27 +160,13 @@ class LowRankSparseAttention(SingleDictionary):
         self.W_V.mul_(norm_F[:, None])
         self.b_V.mul_(norm_F)
 
-    @torch.no_grad()
-    def standardize_parameters_of_dataset_norm(self) -> None:
-        """Fold the dataset-wise factors: raw activations in give raw reconstructions out, with the same patterns.
-
-        Queries and keys come out as before the factors were folded, so neither their norms' `eps` nor biases matter.
-
-        Raises:
-            NotImplementedError: token-wise or batch-wise scales, which depend on the activations.
-            ConfigError: no average norms are known.
-        """
-        if not self.is_foldable():
-            return
-        factor_out = self.compute_norm_factor(self.W_O, self.cfg.hook_point_out)
+    def fold_factors(self) -> None:
+        """Patterns stay: queries and keys come out as before, so neither their norms' `eps` nor biases matter."""
+        factor_in, factor_out = self.norm_factors(self.W_O)
         for W in (self.W_Q, self.W_K, self.W_V):
-            W.mul_(self.compute_norm_factor(W, self.cfg.hook_point_in))
+            W.mul_(factor_in)
         self.W_O.div_(factor_out)
-        if self.b_D is not None:
-            self.b_D.div_(factor_out)
-        if self.cfg.sparsity_include_decoder_norm:
-            self.activation_function.rescale(1 / factor_out)
-        self.mark_folded()
+        self.fold_beside_weights(factor_out, growth=1 / factor_out)
 
     def load_full_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
         super().load_full_state_dict({name: t for name, t in state.items() if name not in _OLD_BUFFERS}, strict)

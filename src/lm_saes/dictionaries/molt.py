@@ -147,8 +147,7 @@ class MixtureOfLinearTransform(LinearlyEncoded):
 
     @torch.no_grad()
     def set_decoder_to_fixed_norm(self, value: float, force_exact: bool) -> None:
-        factor_F = scale_to(value, self.decoder_norm())
-        self._scale_transforms(factor_F if force_exact else factor_F.clamp(max=1))
+        self._scale_transforms(scale_to(value, self.decoder_norm(), force_exact))
 
     @torch.no_grad()
     def transform_to_unit_decoder_norm(self) -> None:
@@ -162,28 +161,16 @@ class MixtureOfLinearTransform(LinearlyEncoded):
         self.W_E.mul_(norm_F)
         self.b_E.mul_(norm_F)
 
-    @torch.no_grad()
-    def standardize_parameters_of_dataset_norm(self) -> None:
-        """Fold the dataset-wise factors: raw activations in give raw reconstructions out, the same latents selected.
+    def fold_factors(self) -> None:
+        """The input is scaled twice, where latents read it and where transforms do.
 
-        The input is scaled twice, where latents read it and where transforms do; so the transforms are multiplied by
-        the input's factor over the output's. Their norms stay in proportion, and thresholds follow.
-
-        Raises:
-            NotImplementedError: token-wise or batch-wise scales, which depend on the activations.
-            ConfigError: no average norms are known.
+        So the transforms are multiplied by the input's factor over the output's. Their norms stay in proportion.
         """
-        if not self.is_foldable():
-            return
-        factor_in = self.compute_norm_factor(self.W_E, self.cfg.hook_point_in)
-        factor_out = self.compute_norm_factor(self.W_E, self.cfg.hook_point_out)
+        factor_in, factor_out = self.norm_factors(self.W_E)
+        growth = factor_in / factor_out
         self.W_E.mul_(factor_in)
-        self._scale_transforms((factor_in / factor_out).expand(self.cfg.d_sae))
-        if self.b_D is not None:
-            self.b_D.div_(factor_out)
-        if self.cfg.sparsity_include_decoder_norm:
-            self.activation_function.rescale(factor_in / factor_out)
-        self.mark_folded()
+        self._scale_transforms(growth.expand(self.cfg.d_sae))
+        self.fold_beside_weights(factor_out, growth)
 
     # -- initialisation --------------------------------------------------------------------------------------------
 

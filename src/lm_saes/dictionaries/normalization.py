@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, overload
 
@@ -75,20 +76,26 @@ class Normalizing(nn.Module):
             parts.append(y / self.compute_norm_factor(label, hook, batch.get("mask")))
         return torch.stack(parts)
 
-    def is_foldable(self) -> bool:
-        """Whether there are dataset-wise factors to fold (False: nothing is scaled).
+    @torch.no_grad()
+    def standardize_parameters_of_dataset_norm(self) -> None:
+        """Fold the dataset-wise factors into the weights: raw activations in give raw reconstructions out.
+
+        The same latents are selected. Where nothing is scaled, nothing happens.
 
         Raises:
             NotImplementedError: token-wise or batch-wise scales, which depend on the activations.
+            ConfigError: no average norms are known.
         """
         mode = self.cfg.norm_activation
         if mode in ("token-wise", "batch-wise"):
             raise NotImplementedError(f"norm_activation={mode!r} depends on the activations: nothing to fold")
-        return mode == "dataset-wise"
+        if mode == "dataset-wise":
+            self.fold_factors()
+            self.cfg = self.cfg.model_copy(update={"norm_activation": "inference"})
 
-    def mark_folded(self) -> None:
-        """Scale nothing any more: the factors are in the weights."""
-        self.cfg = self.cfg.model_copy(update={"norm_activation": "inference"})
+    @abstractmethod
+    def fold_factors(self) -> None:
+        """Put the factors of inputs and labels into the weights, in place."""
 
     def set_dataset_average_activation_norm(self, norms: Mapping[str, float]) -> None:
         """Set the mean norm of each hook point's raw activations."""

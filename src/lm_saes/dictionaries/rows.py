@@ -37,9 +37,10 @@ def valid_rows(x: Tensor, batch: Mapping[str, Any]) -> Tensor:
     return x_ND if mask_N is None else x_ND[mask_N]
 
 
-def scale_to(value: float, norm: Tensor) -> Tensor:
-    """What brings `norm` to `value`; a zero norm stays zero."""
-    return torch.where(norm > 0, value / norm, 1.0)
+def scale_to(value: float, norm: Tensor, exact: bool = True) -> Tensor:
+    """What brings `norm` to `value`, or only what is above it unless `exact`; a zero norm stays zero."""
+    factor = torch.where(norm > 0, value / norm, 1.0)
+    return factor if exact else factor.clamp(max=1)
 
 
 def active_directions(y_ND: Tensor, n: int) -> Tensor:

@@ -109,8 +109,7 @@ class SparseAutoEncoder(LinearlyEncoded):
 
     @torch.no_grad()
     def set_decoder_to_fixed_norm(self, value: float, force_exact: bool) -> None:
-        factor = scale_to(value, self.decoder_norm(keepdim=True))
-        self.W_D.mul_(factor if force_exact else factor.clamp(max=1))
+        self.W_D.mul_(scale_to(value, self.decoder_norm(keepdim=True), force_exact))
 
     @torch.no_grad()
     def transform_to_unit_decoder_norm(self) -> None:
@@ -124,27 +123,13 @@ class SparseAutoEncoder(LinearlyEncoded):
         self.W_E.mul_(norm_F)
         self.b_E.mul_(norm_F)
 
-    @torch.no_grad()
-    def standardize_parameters_of_dataset_norm(self) -> None:
-        """Fold the dataset-wise factors: raw activations in give raw reconstructions out, the same latents selected.
-
-        Raises:
-            NotImplementedError: token-wise or batch-wise scales, which depend on the activations.
-            ConfigError: no average norms are known.
-        """
-        if not self.is_foldable():
-            return
-        factor_in = self.compute_norm_factor(self.W_D, self.cfg.hook_point_in)
-        factor_out = self.compute_norm_factor(self.W_D, self.cfg.hook_point_out)
+    def fold_factors(self) -> None:
+        factor_in, factor_out = self.norm_factors(self.W_D)
         self.W_E.mul_(factor_in)
         if self.cfg.use_glu_encoder:
             self.W_E_glu.mul_(factor_in)
         self.W_D.div_(factor_out)
-        if self.b_D is not None:
-            self.b_D.div_(factor_out)
-        if self.cfg.sparsity_include_decoder_norm:
-            self.activation_function.rescale(1 / factor_out)
-        self.mark_folded()
+        self.fold_beside_weights(factor_out, growth=1 / factor_out)
 
     # -- initialisation --------------------------------------------------------------------------------------------
 

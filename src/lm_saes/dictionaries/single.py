@@ -57,6 +57,18 @@ class SingleDictionary(AbstractSparseAutoEncoder):
     def decoder_bias_norm(self) -> Tensor:
         return next(self.parameters()).new_zeros(()) if self.b_D is None else torch.linalg.vector_norm(self.b_D)
 
+    def norm_factors(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The dataset-wise factors of input and label, to scale `weights` by."""
+        hook_in, hook_out = self.cfg.hook_point_in, self.cfg.hook_point_out
+        return self.compute_norm_factor(weights, hook_in), self.compute_norm_factor(weights, hook_out)
+
+    def fold_beside_weights(self, factor_out: Tensor, growth: Tensor) -> None:
+        """Fold the label's factor into the decoder bias, and what decoder norms grew by into gated selection."""
+        if self.b_D is not None:
+            self.b_D.div_(factor_out)
+        if self.cfg.sparsity_include_decoder_norm:
+            self.activation_function.rescale(growth)
+
     @torch.no_grad()
     def init_decoder_bias_with_geometric_median(self, batch: Mapping[str, Any]) -> None:
         """`b_D =` the geometric median of the valid (normalised) labels."""

@@ -8,15 +8,17 @@ Letters: N tokens, S sites, D width, F latents.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
+from lm_saes.dictionaries.normalization import geometric_median
 from lm_saes.dictionaries.record import Record
 from lm_saes.dictionaries.rows import flat_mask, hook_rows, scale_to, valid_rows
+from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import Code
 from lm_saes.latents.linear import Encoder, encode
 
@@ -31,6 +33,11 @@ class SitedDictionary(AbstractSparseAutoEncoder):
     @abstractmethod
     def encoder(self) -> Encoder:
         """The encoders of all sites, reading their inputs side by side."""
+
+    @property
+    @abstractmethod
+    def decoder_biases(self) -> Iterable[Tensor]:
+        """The decoder bias of each site; none if biases are off."""
 
     @abstractmethod
     def _decode_code(self, code: Code) -> Tensor:
@@ -81,6 +88,14 @@ class SitedDictionary(AbstractSparseAutoEncoder):
     @torch.no_grad()
     def set_encoder_to_fixed_norm(self, value: float) -> None:
         self.W_E.mul_(scale_to(value, self.encoder_norm(keepdim=True)))
+
+    @torch.no_grad()
+    def init_decoder_bias_with_geometric_median(self, batch: Mapping[str, Any]) -> None:
+        """Each site's decoder bias `=` the geometric median of its valid (normalised) labels."""
+        if not self.cfg.use_decoder_bias:
+            raise ConfigError("bias_init_method: use_decoder_bias is off; there is no bias to set")
+        for b_D, y in zip(self.decoder_biases, self.prepare_label(batch), strict=True):
+            b_D.copy_(geometric_median(valid_rows(y, batch)))
 
     @torch.no_grad()
     def init_encoder_bias_with_mean_hidden_pre(self, batch: Mapping[str, Any]) -> None:
