@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lm_saes.errors import ConfigError
 
@@ -47,6 +49,11 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a whole text file or leave the old one."""
     with drafted(path) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as a whole JSON file or leave the old one."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lm_saes.errors import CheckpointError
-from lm_saes.files import sha256, write_text
+from lm_saes.files import sha256, write_json
 
 MANIFEST = "manifest.json"
 _ENTRY = {"size": int, "sha256": str}
@@ -19,7 +19,7 @@ def write_manifest(directory: str | Path, names: Iterable[str] | None = None) ->
     directory = Path(directory)
     listed = sorted(_files(directory)) if names is None else sorted(names)
     entries = {name: {"size": (directory / name).stat().st_size, "sha256": sha256(directory / name)} for name in listed}
-    write_text(directory / MANIFEST, json.dumps({"files": entries}, indent=2) + "\n")
+    write_json(directory / MANIFEST, {"files": entries})
 
 
 def problems(directory: str | Path, *, hashes: bool = True, whole: bool = False) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.errors import CheckpointError
 from lm_saes.evaluation.evaluator import EvalConfig, Evaluation, Evaluator, numbers, write_evaluation
-from lm_saes.files import check_writable, made, write_text
+from lm_saes.files import check_writable, made, write_json
 from lm_saes.initializer import Initializer
 from lm_saes.memory import keep_freed_memory
 from lm_saes.preflight import check_first_batch, check_run
@@ -116,7 +115,7 @@ def _train(settings: TrainSettings) -> AbstractSparseAutoEncoder:
             check_first_batch(stream, cfg)
         elif (start / STREAM).exists():  # else the run's batches came from elsewhere
             stream.check_state(read_json(start / STREAM))
-        _write_json(run / "settings.json", settings.to_json())
+        write_json(run / "settings.json", settings.to_json())
         torch.manual_seed(generator(settings.seed, "initialisation").initial_seed())
         if start is None:
             sae = Initializer(settings.initializer).initialize_sae_from_config(cfg, stream, model=model)
@@ -308,7 +307,3 @@ def _loggers(settings: TrainSettings, run: Path, start: Path | None) -> Loggers:
         resumed = None if start is None else read_run_id(start)
         optional.append(WandbLogger(settings.wandb, settings.to_json(), run, resume_id=resumed))
     return Loggers([JsonlLogger(run / "metrics.jsonl")], optional)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")

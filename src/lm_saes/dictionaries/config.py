@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from lm_saes.config import LENIENT, BaseConfig, DType, describe
 from lm_saes.errors import CheckpointError, ConfigError
-from lm_saes.files import write_text
+from lm_saes.files import write_json
 from lm_saes.latents.activations import ActivationFunction
 from lm_saes.manifest import check_file
 
@@ -128,7 +128,7 @@ class BaseSAEConfig(BaseConfig):
 
     def save_hyperparameters(self, directory: str | Path) -> None:
         """Write `config.json` into `directory`."""
-        write_text(Path(directory, "config.json"), json.dumps(self.to_json(), indent=2) + "\n")
+        write_json(Path(directory, "config.json"), self.to_json())
 
     @classmethod
     def kind(cls, sae_type: Any) -> type[BaseSAEConfig]:

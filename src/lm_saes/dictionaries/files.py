@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.errors import CheckpointError
-from lm_saes.files import drafted, share_as_usual, write_text
+from lm_saes.files import drafted, share_as_usual, write_json
 from lm_saes.manifest import MANIFEST, check_file, write_manifest
 
 CONFIG = "config.json"
@@ -89,7 +89,7 @@ class Stored(nn.Module):
         if self.provenance is None:
             file.unlink(missing_ok=True)  # that of what lay here before
         else:
-            write_text(file, json.dumps(self.provenance, indent=2) + "\n")
+            write_json(file, self.provenance)
         write_manifest(directory, [CONFIG, WEIGHTS, *([] if self.provenance is None else [PROVENANCE])])
 
 
