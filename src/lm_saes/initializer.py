@@ -143,11 +143,18 @@ class Initializer:
         self.check(cfg)
         mlp = self._mlp(cfg, model) if self.cfg.initialize_tc_with_mlp else None
         mhsa = self._attention(cfg, model)
-        sae = self.initialize_parameters(AbstractSparseAutoEncoder.from_config(cfg, device_mesh=device_mesh))
+        sae = AbstractSparseAutoEncoder.from_config(cfg, device_mesh=device_mesh)
+        axes = sae.axes
+        sae.attach(axes.of_whole_batches())
+        self.initialize_parameters(sae)
         wanted = NORM_BATCHES if cfg.norm_activation == "dataset-wise" and activation_norm is None else 1
         batches = [] if activation_stream is None else peekable(activation_stream).peek(wanted)
         for batch in batches:
             check_batch(batch, dict.fromkeys(cfg.associated_hook_points, cfg.d_model))
+        batches = [
+            {name: axes.tokens.join(v) if isinstance(v, Tensor) else v for name, v in batch.items()}
+            for batch in batches
+        ]
         if cfg.norm_activation == "dataset-wise":
             if activation_norm is None and not batches:
                 raise ConfigError(
@@ -174,6 +181,7 @@ class Initializer:
                 sae.init_W_D_with_active_subspace(sae.normalize_activations(first), self.cfg.d_active_subspace)
                 self._tie(sae)
             self.initialization_search(sae, first, wandb_logger)
+        sae.attach(axes)
         return sae
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from lm_saes.data.batch import Batch, check_batch
@@ -97,7 +98,7 @@ class Trainer(RunAttributes):
         """Step, report, evaluate and save until the end; the last value of everything that was reported."""
         cfg, sae, summary = self.cfg, run.dictionary.train(), dict[str, float]()
         timetable = saving.Timetable(cfg, run)
-        while self.cur_step < run.plan.total and (batches := take(stream, cfg.gradient_accumulation_steps, sae.cfg)):
+        while self.cur_step < run.plan.total and (batches := take(stream, cfg.gradient_accumulation_steps, sae)):
             self._update(run, batches)
             logger.advance(self.cur_step)
             report = self._report(run) if self._due(cfg.log_frequency) else {}
@@ -118,9 +119,12 @@ class Trainer(RunAttributes):
 
     def _update(self, run: Run, batches: list[Batch]) -> None:
         """One optimizer step over its micro-batches; not taken if anything is not finite."""
-        cfg, sae, n_tokens = self.cfg, run.dictionary, sum(map(valid_tokens, batches))
+        cfg, sae = self.cfg, run.dictionary
+        counts = valid_tokens(batches, sae.axes.tokens)
+        n_tokens = sum(counts)
         run.set_schedules(self.cur_step)
-        passes = backward(sae, batches, run.plan.loss_settings(self.cur_step), run.board.dead.is_dead, cfg.amp_dtype)
+        settings = run.plan.loss_settings(self.cur_step)
+        passes = backward(sae, batches, counts, settings, run.board.dead.is_dead, cfg.amp_dtype)
         norm = clipped = gradient_norm(sae)
         losses = [term for _, terms in passes for term in terms.items()]
         bad = not_finite([*losses, ("gradient", norm), ("threshold gradient", threshold_gradient_norm(sae))])
@@ -163,7 +167,7 @@ class Trainer(RunAttributes):
             if not first:
                 raise ConfigError("activation_stream: yields no batch to train on")
             check_batch(first[0], widths(sae.cfg))
-            self._run = Run.begin(self.cfg, sae, first[0]["tokens"].numel())
+            self._run = Run.begin(self.cfg, sae, int(sae.axes.tokens.total(torch.tensor(first[0]["tokens"].numel()))))
             sae.provenance = started_from(sae.provenance)
         if self._run.dictionary is not sae:
             raise ConfigError("fit: this trainer has trained another dictionary; make a new Trainer for this one")

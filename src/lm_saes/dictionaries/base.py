@@ -1,7 +1,7 @@
 """What every dictionary kind is: normalisation, the record of a pass, the loss, saving and loading.
 
 A kind subclasses `AbstractSparseAutoEncoder`, names its config class and gives the mathematics of section 4 of the
-specification. It never knows about processes: latents elsewhere are met through `self.axis`.
+specification. It never knows about processes: latents elsewhere are met through `self.axes`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lm_saes.dictionaries.normalization import Normalizing
 from lm_saes.dictionaries.record import Record
 from lm_saes.dictionaries.selection import Selecting
 from lm_saes.errors import CheckpointError, ConfigError
-from lm_saes.latents.axis import LatentAxis
+from lm_saes.latents.axis import Axes
 from lm_saes.latents.codes import Code
 from lm_saes.losses.objective import objective
 from lm_saes.losses.settings import LossSettings
@@ -58,7 +58,7 @@ class AbstractSparseAutoEncoder(Initializing, Selecting, Normalizing, Stored, AB
     def __init__(self, cfg: BaseSAEConfig) -> None:
         super().__init__()
         self.cfg = cfg.model_copy()
-        self.axis = LatentAxis()
+        self.axes = Axes()
         self.build_selection()
 
     # -- the mathematics of a kind ---------------------------------------------------------------------------------
@@ -123,6 +123,23 @@ class AbstractSparseAutoEncoder(Initializing, Selecting, Normalizing, Stored, AB
     def dim_maps(self) -> dict[str, dict[str, int]]:
         """Which dimension of each parameter is cut along which mesh axis."""
 
+    def file_dim_maps(self) -> dict[str, dict[str, int]]:
+        """The same of each tensor, by its name in files."""
+        return self.dim_maps() | {"selection_norm": {"model": -1}}
+
+    @property
+    def latent_runs(self) -> list[int]:
+        """Lengths of the stretches of all latents that are each cut evenly along the model axis."""
+        return [self.cfg.d_sae]
+
+    def draw_uniform(self, weights_FX: Tensor, bound: float) -> None:
+        """Draw weights, latents first, uniformly within plus and minus `bound`."""
+        self.axes.latents.draw(weights_FX, lambda block: block.uniform_(-bound, bound), self.latent_runs)
+
+    def attach(self, axes: Axes) -> None:
+        """Let latents, and batches, be parts of what these axes cut."""
+        self.axes = self.activation_function.axes = axes
+
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def encode(self, x: Tensor, return_hidden_pre: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -180,9 +197,14 @@ class AbstractSparseAutoEncoder(Initializing, Selecting, Normalizing, Stored, AB
         return result if return_aux_data else result["loss"]
 
     @property
+    def n_latents(self) -> int:
+        """How many latents (of a site) there are here: all, or this process's part."""
+        return self.cfg.d_sae // self.axes.latents.size
+
+    @property
     def dead_shape(self) -> tuple[int, ...]:
         """Shape of what is counted per latent: firing, and tokens since the last activation."""
-        return (self.cfg.d_sae,)
+        return (self.n_latents,)
 
     def latent_counts(self, record: Record) -> Tensor:
         """On how many valid tokens of a record each latent is active, shaped `dead_shape`."""
@@ -210,13 +232,20 @@ class AbstractSparseAutoEncoder(Initializing, Selecting, Normalizing, Stored, AB
 
     @classmethod
     def from_config(cls, cfg: BaseSAEConfig, device_mesh: Any = None) -> Self:
-        """A dictionary of the config's kind, weights not yet drawn."""
-        if device_mesh is not None:
-            raise ConfigError("device_mesh: training over several processes is not available yet; leave it out")
-        dictionary = cls.kind_of(cfg)(cfg)
-        if not isinstance(dictionary, cls):
+        """A dictionary of the config's kind, weights not yet drawn.
+
+        Args:
+            device_mesh: a DeviceMesh with dimensions `"data"` and `"model"` (or one of them): the dictionary is this
+                process's part of one.
+        """
+        kind = cls.kind_of(cfg)
+        if not issubclass(kind, cls):
             raise ConfigError(f"sae_type={cfg.sae_type!r} is not a {cls.__name__}; use AbstractSparseAutoEncoder")
-        return dictionary.to(cfg.device)
+        if device_mesh is None:
+            return kind(cfg).to(cfg.device)
+        from lm_saes.parallel.sharding import build_part
+
+        return build_part(kind, cfg, device_mesh)
 
     @classmethod
     def from_pretrained(
@@ -240,6 +269,10 @@ class AbstractSparseAutoEncoder(Initializing, Selecting, Normalizing, Stored, AB
         """
         dictionary = cls.from_config(BaseSAEConfig.from_pretrained(path, **overrides), device_mesh)
         weights = load_weights(path)
+        if dictionary.axes.latents.size > 1:
+            from lm_saes.parallel.sharding import own_part
+
+            weights = own_part(dictionary, weights)
         try:
             dictionary.load_full_state_dict(weights, strict=strict_loading)
         except CheckpointError as error:

@@ -134,20 +134,21 @@ class CrossLayerTranscoder(SitedDictionary):
     def _add_up(self, written: list[Tensor], bias: bool = True) -> Tensor:
         """`y [L, N, D]` from what each source layer writes to its targets, `[N, (L - i) D]`."""
         layers, d_model = self.cfg.n_layers, self.cfg.d_model
-        parts = [self.axis.leave(w_NX).view(len(w_NX), layers - i, d_model) for i, w_NX in enumerate(written)]
+        parts = [w_NX.view(len(w_NX), layers - i, d_model) for i, w_NX in enumerate(written)]
         y = [
             sum((parts[i][:, target - i] for i in range(1, target + 1)), parts[0][:, target])
             for target in range(layers)
         ]
-        return torch.stack([y_ND + b_D for y_ND, b_D in zip(y, self.b_D, strict=True)] if bias and len(self.b_D) else y)
+        y_LND = self.axes.latents.leave(torch.stack(y))
+        return y_LND + torch.stack(list(self.b_D))[:, None] if bias and len(self.b_D) else y_LND
 
     @property
     def dead_shape(self) -> tuple[int, ...]:
-        return (self.cfg.n_layers, self.cfg.d_sae)
+        return (self.cfg.n_layers, self.n_latents)
 
     def latent_entries(self, record: Record) -> tuple[Tensor, Tensor, Tensor]:
         rows, latents, values = record.code.entries()
-        return rows // self.cfg.n_layers, rows % self.cfg.n_layers * self.cfg.d_sae + latents, values
+        return rows // self.cfg.n_layers, rows % self.cfg.n_layers * self.n_latents + latents, values
 
     # -- losses ----------------------------------------------------------------------------------------------------
 
@@ -155,15 +156,15 @@ class CrossLayerTranscoder(SitedDictionary):
         """As the autoencoder's, by each layer's thresholds and norms; mean over tokens and layers."""
         layers = enumerate(zip(self.hidden_pre(record.input).unbind(-2), record.norm, strict=True))
         short_L = [self.shortfall(Hidden.around(h_NF), norm_F, record.mask, layer) for layer, (h_NF, norm_F) in layers]
-        return record.row_mean_of_sum(self.axis.leave(torch.stack(short_L).sum()))
+        return record.row_mean_of_sum(self.axes.latents.leave(torch.stack(short_L).sum()))
 
     def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:
         scale_LF = self.selection_scale(record.norm)
         written = []
         for i, (x_ND, D_FTD) in enumerate(zip(record.input, self.decoders, strict=True)):
-            here = dead[dead // self.cfg.d_sae == i] % self.cfg.d_sae
+            here = dead[dead // self.n_latents == i] % self.n_latents
             h_NX = LinearEncoder(self.W_E[i], self.b_E[i]).rows(here).pre_activations(x_ND)
-            f_NX = strongest(h_NX, None if scale_LF is None else scale_LF[i, here], k_aux)
+            f_NX = strongest(h_NX, None if scale_LF is None else scale_LF[i, here], k_aux, self.axes.latents)
             written.append(f_NX @ D_FTD.index_select(0, here).flatten(1))
         error_LND = (record.label - record.reconstruction).detach()
         difference = error_LND - self._add_up(written, bias=False)
@@ -215,10 +216,11 @@ class CrossLayerTranscoder(SitedDictionary):
     def init_parameters(self, *, encoder_uniform_bound: float, decoder_uniform_bound: float,
                         init_log_jumprelu_threshold_value: float | None = None) -> None:  # fmt: skip
         """`W_E` uniform within +-1/sqrt(F), decoders within +-1/sqrt(L D) (the bounds are not read); biases 0."""
-        self.W_E.transpose(1, 2).uniform_(-(self.cfg.d_sae**-0.5), self.cfg.d_sae**-0.5)
+        for W_DF in self.W_E:
+            self.draw_uniform(W_DF.T, self.cfg.d_sae**-0.5)
         bound = (self.cfg.n_layers * self.cfg.d_model) ** -0.5
         for D_FTD in self.decoders:
-            D_FTD.uniform_(-bound, bound)
+            self.draw_uniform(D_FTD, bound)
             if self.cfg.init_cross_layer_decoder_all_zero:
                 D_FTD[:, 1:] = 0
         for bias in (self.b_E, *self.b_D):
@@ -241,7 +243,7 @@ class CrossLayerTranscoder(SitedDictionary):
 
     @torch.no_grad()
     def load_full_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
-        layers, width = range(self.cfg.n_layers), (self.cfg.d_sae, self.cfg.d_model)
+        layers, width = range(self.cfg.n_layers), (self.n_latents, self.cfg.d_model)
         given = {name: t for name, t in state.items() if name.startswith("W_D.")}
         check_fit({f"W_D.{to}": torch.empty(to + 1, *width, device="meta") for to in layers}, given, strict)
         own = {f"decoders.{i}": D_FTD for i, D_FTD in enumerate(self.decoders)}
@@ -254,3 +256,6 @@ class CrossLayerTranscoder(SitedDictionary):
         maps = {"W_E": {"model": 2}, "b_E": {"model": 1}, "activation_function.log_jumprelu_threshold": {"model": 1}}
         maps |= {f"decoders.{i}": {"model": 0} for i in range(self.cfg.n_layers)}
         return {name: maps.get(name, {}) for name, _ in self.named_parameters()}
+
+    def file_dim_maps(self) -> dict[str, dict[str, int]]:
+        return super().file_dim_maps() | {f"W_D.{target}": {"model": 1} for target in range(self.cfg.n_layers)}

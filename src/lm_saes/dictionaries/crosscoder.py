@@ -76,20 +76,20 @@ class CrossCoder(SitedDictionary):
     @property
     def encoder(self) -> LinearEncoder:
         """All heads' encoders as one, reading their inputs side by side."""
-        return LinearEncoder(self.W_E.reshape(-1, self.cfg.d_sae), self.b_E.sum(0), n_sites=self.cfg.n_heads)
+        return LinearEncoder(self.W_E.reshape(-1, self.n_latents), self.b_E.sum(0), n_sites=self.cfg.n_heads)
 
     def hidden_pre(self, x: Tensor) -> Tensor:
         x_NX = side_by_side(x.flatten(1, -2))
-        h_NF = LinearEncoder(self.W_E.reshape(-1, self.cfg.d_sae), self.b_E.sum(0)).pre_activations(x_NX)
+        h_NF = LinearEncoder(self.W_E.reshape(-1, self.n_latents), self.b_E.sum(0)).pre_activations(x_NX)
         return h_NF.view(*x.shape[1:-1], -1)
 
     def _decode_code(self, code: Code) -> Tensor:
-        y_RD = self.axis.leave(code.decode(self.W_D))
+        y_RD = self.axes.latents.leave(code.decode(self.W_D))
         y_HND = y_RD.view(-1, self.cfg.n_heads, self.cfg.d_model).transpose(0, 1)
         return y_HND if self.b_D is None else y_HND + self.b_D[:, None]
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        y = self.axis.leave(torch.einsum("...hf,hfd->h...d", feature_acts, self.W_D))
+        y = self.axes.latents.leave(torch.einsum("...hf,hfd->h...d", feature_acts, self.W_D))
         return y if self.b_D is None else y + self.b_D.view(len(self.b_D), *[1] * (y.ndim - 2), -1)
 
     def latent_counts(self, record: Record) -> Tensor:
@@ -99,11 +99,11 @@ class CrossCoder(SitedDictionary):
     def latent_entries(self, record: Record) -> tuple[Tensor, Tensor, Tensor]:
         """A latent that several heads keep on a token is one entry: they keep the same value."""
         rows, latents, values = record.code.entries()
-        keys = rows // self.cfg.n_heads * self.cfg.d_sae + latents
+        keys = rows // self.cfg.n_heads * self.n_latents + latents
         keys, order = keys.sort(stable=True)
         first = torch.ones_like(keys, dtype=torch.bool)
         first[1:] = keys[1:] != keys[:-1]
-        return keys[first] // self.cfg.d_sae, keys[first] % self.cfg.d_sae, values[order][first]
+        return keys[first] // self.n_latents, keys[first] % self.n_latents, values[order][first]
 
     # -- losses ----------------------------------------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ class CrossCoder(SitedDictionary):
         """As the autoencoder's, by each head's norms; mean over tokens and heads."""
         hidden = Hidden.around(self.hidden_pre(record.input))
         short_H = [self.shortfall(hidden, norm_F, record.mask) for norm_F in record.norm]
-        return record.row_mean_of_sum(self.axis.leave(torch.stack(short_H).sum()))
+        return record.row_mean_of_sum(self.axes.latents.leave(torch.stack(short_H).sum()))
 
     def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:
         scale_HF = self.selection_scale(record.norm)
@@ -159,9 +159,10 @@ class CrossCoder(SitedDictionary):
     def init_parameters(self, *, encoder_uniform_bound: float, decoder_uniform_bound: float,
                         init_log_jumprelu_threshold_value: float | None = None) -> None:  # fmt: skip
         """`W_E`, `W_D` uniform within their bounds, one head drawn and copied to all; biases 0, thresholds as given."""
-        first_FD = self.W_E[0].T.clone().contiguous().uniform_(-encoder_uniform_bound, encoder_uniform_bound)
-        self.W_E.copy_(first_FD.T.expand_as(self.W_E))
-        self.W_D.copy_(self.W_D[0].clone().uniform_(-decoder_uniform_bound, decoder_uniform_bound).expand_as(self.W_D))
+        self.draw_uniform(self.W_E[0].T, encoder_uniform_bound)
+        self.W_E.copy_(self.W_E[0].clone().expand_as(self.W_E))
+        self.draw_uniform(self.W_D[0], decoder_uniform_bound)
+        self.W_D.copy_(self.W_D[0].clone().expand_as(self.W_D))
         self.b_E.zero_()
         if self.b_D is not None:
             self.b_D.zero_()

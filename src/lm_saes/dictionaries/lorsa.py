@@ -88,7 +88,7 @@ class LowRankSparseAttention(SingleDictionary):
         return (q, k) if rotary is None else (rotary.turn(q), rotary.turn(k))
 
     def hidden_pre(self, x: Tensor) -> Tensor:
-        x = self.axis.enter(contexts(x, self.cfg.n_ctx))
+        x = self.axes.latents.enter(contexts(x, self.cfg.n_ctx))
         v = nn.functional.linear(x, self.W_V, self.b_V)
         return attend(*self._queries_and_keys(x), v, self.cfg.score_scale).to(self.b_V.dtype)
 
@@ -101,10 +101,10 @@ class LowRankSparseAttention(SingleDictionary):
         return select(self.hidden_pre(x).flatten(0, 1), self.activation_function, scale_F, flat_mask(mask))
 
     def _decode_code(self, code: Code) -> Tensor:
-        return self._add_bias(self.axis.leave(code.decode(self.W_O)))
+        return self._add_bias(self.axes.latents.leave(code.decode(self.W_O)))
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        return self._add_bias(self.axis.leave(feature_acts @ self.W_O))
+        return self._add_bias(self.axes.latents.leave(feature_acts @ self.W_O))
 
     def make_record(self, batch: Mapping[str, Any]) -> Record:
         x_BSD, y_BSD = self.prepare_input(batch), self.prepare_label(batch)
@@ -113,7 +113,7 @@ class LowRankSparseAttention(SingleDictionary):
         h_NF = self.hidden_pre(x_BSD).flatten(0, 1)
         code = select(h_NF, self.activation_function, self.selection_scale(norm_F), mask_N)
         return _Attended(x_BSD.flatten(0, 1)[None], y_BSD.flatten(0, 1)[None], code, self._decode_code(code)[None],
-                         mask_N, norm_F[None], hidden_pre=h_NF)  # fmt: skip
+                         mask_N, norm_F[None], axes=self.axes, hidden_pre=h_NF)  # fmt: skip
 
     def reconstruct(self, batch: Mapping[str, Any]) -> Tensor:
         x = self.prepare_input(self.normalize_activations(batch))
@@ -125,7 +125,7 @@ class LowRankSparseAttention(SingleDictionary):
     def pre_activation_loss(self, record: Record) -> Tensor:
         """Gated `sum_i relu(theta_i - h_i norm_i)`, else `sum_i relu(theta_i - h_i) norm_i`; mean over tokens."""
         hidden = Hidden.around(_hidden(record))
-        return record.row_mean_of_sum(self.axis.leave(self.shortfall(hidden, record.norm[0], record.mask)))
+        return record.row_mean_of_sum(self.axes.latents.leave(self.shortfall(hidden, record.norm[0], record.mask)))
 
     def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:
         scale_F, h_NX = self.selection_scale(record.norm[0]), _hidden(record).index_select(1, dead)
@@ -185,11 +185,12 @@ class LowRankSparseAttention(SingleDictionary):
                 parameter.fill_(1)
             elif name.startswith("b_"):
                 parameter.zero_()
+        cfg, draw = self.cfg, self.axes.latents.draw
+        bound = (6 / (cfg.d_model + cfg.d_qk_head)) ** 0.5
         for W_GDE in (self.W_Q, self.W_K):
-            for W_DE in W_GDE:
-                nn.init.xavier_uniform_(W_DE)
-        self.W_V.normal_(std=self.cfg.d_sae**-0.5)
-        self.W_O.normal_(std=self.cfg.d_model**-0.5)
+            draw(W_GDE.transpose(1, 2), lambda block: block.uniform_(-bound, bound))
+        draw(self.W_V, lambda block: block.normal_(std=cfg.d_sae**-0.5))
+        draw(self.W_O, lambda block: block.normal_(std=cfg.d_model**-0.5))
         self.init_thresholds(init_log_jumprelu_threshold_value)
 
     @torch.no_grad()
@@ -210,7 +211,7 @@ class LowRankSparseAttention(SingleDictionary):
         """
         mhsa.check_like(self.cfg)
         mhsa, factor = mhsa.reading(self.cfg.hook_point_in), self._input_factor()
-        heads = mhsa.spread(self.cfg.n_qk_heads, "n_qk_heads")
+        heads = self._own(mhsa.spread(self.cfg.n_qk_heads, "n_qk_heads"))
         keys = mhsa.keys_of(heads)
         for own, theirs in ((self.W_Q, mhsa.W_Q[heads] / factor), (self.W_K, mhsa.W_K[keys] / factor),
                             (self.b_Q, mhsa.b_Q[heads]), (self.b_K, mhsa.b_K[keys])):  # fmt: skip
@@ -227,7 +228,7 @@ class LowRankSparseAttention(SingleDictionary):
         `d_qk_head` directions of most variance of `x V V^T` over the valid tokens; `W_O = W_V V O`; rows normalised.
         """
         mhsa = mhsa.reading(self.cfg.hook_point_in)
-        owners_F = mhsa.spread(self.cfg.d_sae, "d_sae")
+        owners_F = self._own(mhsa.spread(self.cfg.d_sae, "d_sae"))
         x_ND = valid_rows(self.prepare_input(batch), batch).float()
         m = min(self.cfg.d_qk_head, mhsa.W_V.shape[2])
         for head in owners_F.unique():
@@ -236,6 +237,10 @@ class LowRankSparseAttention(SingleDictionary):
             W_XD = self.W_V[own][:, :m].float() @ U_MD
             for W_FD, rows_XD in ((self.W_V, W_XD), (self.W_O, W_XD @ V_DE @ mhsa.W_O[head])):
                 W_FD[own] = nn.functional.normalize(rows_XD, dim=1).to(W_FD.dtype)
+
+    def _own(self, of_all: Tensor) -> Tensor:
+        """This process's part of what each (query-key) head has one of."""
+        return of_all.chunk(self.axes.latents.size)[self.axes.latents.place]
 
     def _input_factor(self) -> Tensor:
         if self.cfg.norm_activation not in ("dataset-wise", "inference"):

@@ -90,17 +90,17 @@ class MixtureOfLinearTransform(LinearlyEncoded):
         return self._encode_rows(x.reshape(-1, x.shape[-1]), flat_mask(mask), self.decoder_norm())
 
     def _encode_rows(self, x_ND: Tensor, mask_N: Tensor | None, norm_F: Tensor) -> Code:
-        x_ND, scale_F = self.axis.enter(x_ND), self.selection_scale(norm_F)
+        x_ND, scale_F = self.axes.latents.enter(x_ND), self.selection_scale(norm_F)
         return encode(x_ND, self.encoder, self.activation_function, scale_F, mask_N, density_scale=DENSITY_SCALE)
 
     def _decode_code(self, code: Code, x_ND: Tensor) -> Tensor:
-        return self._add_bias(self.axis.leave(self.transforms.mix(code, self.axis.enter(x_ND))))
+        return self._add_bias(self.axes.latents.leave(self.transforms.mix(code, self.axes.latents.enter(x_ND))))
 
     def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
         """The (normalised) reconstruction of dense latents `[..., F]`, which transform the (normalised) input `x`."""
         if x is None:
             raise ConfigError("decode: the latents of a mixture of linear transforms act on its input; give x")
-        f_NF = feature_acts.reshape(-1, self.cfg.d_sae)
+        f_NF = feature_acts.reshape(-1, self.n_latents)
         code = DenseCode(f_NF) if f_NF.requires_grad else active_code(f_NF)
         return self._decode_code(code, x.reshape(-1, self.cfg.d_model)).view(x.shape)
 
@@ -112,7 +112,8 @@ class MixtureOfLinearTransform(LinearlyEncoded):
         y_ND = self.prepare_label(batch).reshape(-1, self.cfg.d_model)
         mask_N, norm_F = flat_mask(batch.get("mask")), self.decoder_norm()
         code = self._encode_rows(x_ND, mask_N, norm_F)
-        return Record(x_ND[None], y_ND[None], code, self._decode_code(code, x_ND)[None], mask_N, norm_F[None])
+        y_hat_ND = self._decode_code(code, x_ND)
+        return Record(x_ND[None], y_ND[None], code, y_hat_ND[None], mask_N, norm_F[None], axes=self.axes)
 
     def reconstruct(self, batch: Mapping[str, Any]) -> Tensor:
         x = self.prepare_input(self.normalize_activations(batch))
@@ -125,9 +126,10 @@ class MixtureOfLinearTransform(LinearlyEncoded):
         """As for an autoencoder: what the dead transforms make of the input is to explain the error."""
         x_ND, scale_F = record.input[0], self.selection_scale(record.norm[0])
         h_NX = self.encoder.rows(dead).pre_activations(x_ND)
-        f_NX = strongest(h_NX, None if scale_F is None else scale_F[dead], k_aux)
+        f_NX = strongest(h_NX, None if scale_F is None else scale_F[dead], k_aux, self.axes.latents)
         error_ND = (record.label[0] - record.reconstruction[0]).detach()
-        difference = error_ND - self.transforms.select(dead).mix(active_code(f_NX), x_ND)
+        y_ND = self.axes.latents.leave(self.transforms.select(dead).mix(active_code(f_NX), x_ND))
+        difference = error_ND - y_ND
         return record.token_mean(torch.linalg.vecdot(difference, difference))
 
     # -- norms, folding --------------------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ class MixtureOfLinearTransform(LinearlyEncoded):
     @torch.no_grad()
     def _scale_transforms(self, factor_F: Tensor) -> None:
         """Multiply each `U_i V_i` by a positive factor, shared evenly between `U_i` and `V_i`."""
-        roots = factor_F.sqrt().split(list(self.cfg.ranks.values()))
+        roots = factor_F.sqrt().split([len(V_nrD) for V_nrD in self.V_matrices.values()])
         for (U_nDr, V_nrD), root_n in zip(self.transforms.groups, roots, strict=True):
             U_nDr.mul_(root_n[:, None, None])
             V_nrD.mul_(root_n[:, None, None])
@@ -169,7 +171,7 @@ class MixtureOfLinearTransform(LinearlyEncoded):
         factor_in, factor_out = self.norm_factors(self.W_E)
         growth = factor_in / factor_out
         self.W_E.mul_(factor_in)
-        self._scale_transforms(growth.expand(self.cfg.d_sae))
+        self._scale_transforms(growth.expand(self.n_latents))
         self.fold_beside_weights(factor_out, growth)
 
     # -- initialisation --------------------------------------------------------------------------------------------
@@ -179,14 +181,19 @@ class MixtureOfLinearTransform(LinearlyEncoded):
                         init_log_jumprelu_threshold_value: float | None = None) -> None:  # fmt: skip
         """`W_E`, `U` and `V` uniform within +-1/sqrt(F) (the bounds are not read); biases 0, thresholds as given."""
         bound = self.cfg.d_sae**-0.5
-        self.W_E.T.uniform_(-bound, bound)
+        self.draw_uniform(self.W_E.T, bound)
         for U_nDr, V_nrD in self.transforms.groups:
-            U_nDr.mT.uniform_(-bound, bound)
-            V_nrD.uniform_(-bound, bound)
+            for maps in (U_nDr.mT, V_nrD):
+                self.axes.latents.draw(maps, lambda block: block.uniform_(-bound, bound))
         self.b_E.zero_()
         if self.b_D is not None:
             self.b_D.zero_()
         self.init_thresholds(init_log_jumprelu_threshold_value)
+
+    @property
+    def latent_runs(self) -> list[int]:
+        """The transforms of each rank are cut evenly."""
+        return list(self.cfg.ranks.values())
 
     def dim_maps(self) -> dict[str, dict[str, int]]:
         """Every rank's transforms are cut along the model axis."""

@@ -5,12 +5,13 @@ Letters: N tokens (batch, or batch x seq flattened), G sites (1 for an autoencod
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from lm_saes.latents.axis import Axes
 from lm_saes.latents.codes import Code
 
 
@@ -31,13 +32,20 @@ class Record:
     norm: Tensor
     """Decoder norms `[code_sites, F]`; differentiable."""
     code_sites: int = 1
+    axes: Axes = field(default_factory=Axes)
+    """What the batch, and its latents, are a part of."""
 
     @cached_property
-    def n_tokens(self) -> Tensor:
-        """How many tokens count (0-d)."""
+    def n_tokens_here(self) -> Tensor:
+        """How many tokens of this process's part of the batch count (0-d)."""
         if self.mask is None:
             return torch.tensor(self.label.shape[1], dtype=torch.float32, device=self.label.device)
         return self.mask.sum().to(torch.float32)
+
+    @cached_property
+    def n_tokens(self) -> Tensor:
+        """How many tokens of the whole batch count (0-d)."""
+        return self.axes.tokens.total(self.n_tokens_here)
 
     @cached_property
     def row_mask(self) -> Tensor | None:
@@ -63,11 +71,12 @@ class Record:
         return self.code.totals(self.row_mask)
 
     def token_mean(self, per_token: Tensor) -> Tensor:
-        """Mean over valid tokens (and over sites, if `per_token` is `[G, N]`)."""
+        """Mean over the valid tokens of the whole batch (and over sites, if `per_token` is `[G, N]`)."""
         per_token = accumulable(per_token)
         if self.mask is not None:
             per_token = per_token * self.mask
-        return per_token.sum() / (self.n_tokens * (per_token.numel() // per_token.shape[-1]))
+        sites = per_token.numel() // per_token.shape[-1]
+        return self.axes.tokens.leave(per_token.sum()) / (self.n_tokens * sites)
 
     def row_mean(self, per_row: Tensor) -> Tensor:
         """Mean over the valid rows of the code: over tokens and code sites."""
@@ -77,8 +86,8 @@ class Record:
         return self.row_mean_of_sum(per_row.sum())
 
     def row_mean_of_sum(self, total: Tensor) -> Tensor:
-        """A sum over the valid rows of the code as their mean."""
-        return total / (self.n_tokens * self.code_sites)
+        """A sum over the valid rows of this process's part as the mean over those of the whole batch."""
+        return self.axes.tokens.leave(total) / (self.n_tokens * self.code_sites)
 
 
 def accumulable(x: Tensor) -> Tensor:

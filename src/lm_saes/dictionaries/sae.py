@@ -74,13 +74,13 @@ class SparseAutoEncoder(LinearlyEncoded):
 
     def _encode_rows(self, x_ND: Tensor, mask: Tensor | None, norm_F: Tensor) -> Code:
         scale_F = self.selection_scale(norm_F)
-        return encode(self.axis.enter(x_ND), self.encoder, self.activation_function, scale_F, flat_mask(mask))
+        return encode(self.axes.latents.enter(x_ND), self.encoder, self.activation_function, scale_F, flat_mask(mask))
 
     def _decode_code(self, code: Code) -> Tensor:
-        return self._add_bias(self.axis.leave(code.decode(self.W_D)))
+        return self._add_bias(self.axes.latents.leave(code.decode(self.W_D)))
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        return self._add_bias(self.axis.leave(feature_acts @ self.W_D))
+        return self._add_bias(self.axes.latents.leave(feature_acts @ self.W_D))
 
     def make_record(self, batch: Mapping[str, Any]) -> Record:
         x_ND = self.prepare_input(batch).reshape(-1, self.cfg.d_model)
@@ -88,7 +88,8 @@ class SparseAutoEncoder(LinearlyEncoded):
         mask_N = flat_mask(batch.get("mask"))
         norm_F = self.decoder_norm()
         code = self._encode_rows(x_ND, mask_N, norm_F)
-        return Record(x_ND[None], y_ND[None], code, self._decode_code(code)[None], mask_N, norm_F[None])
+        y_hat_ND = self._decode_code(code)
+        return Record(x_ND[None], y_ND[None], code, y_hat_ND[None], mask_N, norm_F[None], axes=self.axes)
 
     def reconstruct(self, batch: Mapping[str, Any]) -> Tensor:
         x = self.prepare_input(self.normalize_activations(batch))
@@ -137,10 +138,10 @@ class SparseAutoEncoder(LinearlyEncoded):
     def init_parameters(self, *, encoder_uniform_bound: float, decoder_uniform_bound: float,
                         init_log_jumprelu_threshold_value: float | None = None) -> None:  # fmt: skip
         """`W_E`, `W_E_glu`, `W_D` uniform within their bounds, biases 0, thresholds as given."""
-        self.W_E.T.uniform_(-encoder_uniform_bound, encoder_uniform_bound)
-        self.W_D.uniform_(-decoder_uniform_bound, decoder_uniform_bound)
+        self.draw_uniform(self.W_E.T, encoder_uniform_bound)
+        self.draw_uniform(self.W_D, decoder_uniform_bound)
         if self.cfg.use_glu_encoder:
-            self.W_E_glu.T.uniform_(-encoder_uniform_bound, encoder_uniform_bound)
+            self.draw_uniform(self.W_E_glu.T, encoder_uniform_bound)
             self.b_E_glu.zero_()
         self.b_E.zero_()
         if self.b_D is not None:

@@ -94,7 +94,7 @@ class LinearlyEncoded(SingleDictionary):
     def pre_activation_loss(self, record: Record) -> Tensor:
         """Gated `sum_i relu(theta_i - h_i norm_i)`, else `sum_i relu(theta_i - h_i) norm_i`; mean over tokens."""
         hidden = Hidden.of(record.code, record.input[0], self.encoder)
-        return record.row_mean_of_sum(self.axis.leave(self.shortfall(hidden, record.norm[0], record.mask)))
+        return record.row_mean_of_sum(self.axes.latents.leave(self.shortfall(hidden, record.norm[0], record.mask)))
 
     def encoder_norm(self, keepdim: bool = False) -> Tensor:
         return torch.linalg.vector_norm(self.W_E, dim=0, keepdim=keepdim)

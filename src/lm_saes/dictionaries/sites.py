@@ -63,7 +63,7 @@ class SitedDictionary(AbstractSparseAutoEncoder):
         return self._encode_rows(x.flatten(1, -2), flat_mask(mask), self.decoder_norm())
 
     def _encode_rows(self, x_SND: Tensor, mask_N: Tensor | None, norm_SF: Tensor) -> Code:
-        x_NX = self.axis.enter(side_by_side(x_SND))
+        x_NX = self.axes.latents.enter(side_by_side(x_SND))
         return encode(x_NX, self.encoder, self.activation_function, self.selection_scale(norm_SF), mask_N)
 
     def make_record(self, batch: Mapping[str, Any]) -> Record:
@@ -72,7 +72,7 @@ class SitedDictionary(AbstractSparseAutoEncoder):
         y_SND = x_SND if same else self.prepare_label(batch).flatten(1, -2)
         mask_N, norm_SF = flat_mask(batch.get("mask")), self.decoder_norm()
         code = self._encode_rows(x_SND, mask_N, norm_SF)
-        return Record(x_SND, y_SND, code, self._decode_code(code), mask_N, norm_SF, self.n_sites)
+        return Record(x_SND, y_SND, code, self._decode_code(code), mask_N, norm_SF, self.n_sites, self.axes)
 
     def denormalize_activations(self, batch: Mapping[str, Any], reconstruction: Tensor) -> Tensor:
         return self.denormalize_sites(batch, reconstruction, self.cfg.hook_points_written)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lm_saes.latents.axis import LatentAxis
+from lm_saes.latents.axis import Axes
 from lm_saes.latents.kernels.plain import top_columns
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class ActivationFunction(nn.Module, ABC):
 
     def __init__(self, cfg: BaseSAEConfig) -> None:
         super().__init__()
-        self.axis = LatentAxis()
+        self.axes = Axes()
 
     @abstractmethod
     def keep(self, s_NF: Tensor, mask_N: Tensor | None) -> Tensor:
@@ -143,7 +143,7 @@ class TopK(ActivationFunction):
     def keep(self, s_NF: Tensor, mask_N: Tensor | None) -> Tensor:
         columns = self._columns(s_NF)
         best = s_NF.gather(1, columns)
-        kept = self.axis.top(best, self.k) & (best > 0)
+        kept = self.axes.latents.top(best, self.k) & (best > 0)
         return torch.zeros_like(s_NF, dtype=torch.bool).scatter_(1, columns, kept)
 
     def expected_entries(self, n_latents: int, n_sites: int = 1) -> float | None:
@@ -158,7 +158,7 @@ class TopK(ActivationFunction):
         return columns_BC
 
     def settle(self, s_E: Tensor, sites_E: Tensor) -> Tensor:
-        return self.axis.top(s_E.view(-1, self._width), self.k).view(-1) & (s_E > 0)
+        return self.axes.latents.top(s_E.view(-1, self._width), self.k).view(-1) & (s_E > 0)
 
     def _columns(self, s_BF: Tensor) -> Tensor:
         return top_columns(s_BF, min(self.k, s_BF.shape[1]))
@@ -203,7 +203,7 @@ class BatchTopK(ActivationFunction):
         valid = s_NF if mask_N is None else torch.where(mask_N[:, None], s_NF, -math.inf)
         budget = self._pool_budget(mask_N, len(s_NF))
         pools_PX = valid.view(-1, self.n_pools, s_NF.shape[1]).transpose(0, 1).flatten(1)
-        kept_PX = self.axis.top(pools_PX, budget) & (pools_PX > 0)
+        kept_PX = self.axes.everywhere.top(pools_PX, budget) & (pools_PX > 0)
         self._observe([(s, kept) for s, kept in zip(pools_PX, kept_PX, strict=True)])
         return kept_PX.view(self.n_pools, -1, s_NF.shape[1]).transpose(0, 1).reshape(s_NF.shape)
 
@@ -229,7 +229,8 @@ class BatchTopK(ActivationFunction):
         if self._floor_P is None:  # nothing known yet: what twice this block's share of the budget would exceed
             pools_PX = s_BF.view(-1, self.n_pools, s_BF.shape[1]).transpose(0, 1).flatten(1)
             share = min(pools_PX.shape[1], 2 * self.k * len(s_BF) // self.n_pools)
-            self._floor_P = pools_PX.topk(share, sorted=False).values.amin(1).clamp(min=0)
+            own_P = pools_PX.topk(share, sorted=False).values.amin(1).clamp(min=0)
+            self._floor_P = self.axes.everywhere.smallest(own_P)
         return s_BF > self._of_rows(self._floor_P, s_BF)
 
     def settle(self, s_E: Tensor, sites_E: Tensor) -> Tensor:
@@ -238,14 +239,15 @@ class BatchTopK(ActivationFunction):
         pools = (
             [slice(None)] if self.n_pools == 1 else [(sites_E == p).nonzero().squeeze(1) for p in range(self.n_pools)]
         )
-        short = any(len(s_E[pool]) < self._budget for pool in pools)
+        offered_P = self.axes.everywhere.total(torch.tensor([len(s_E[pool]) for pool in pools]))
+        short = bool((offered_P < self._budget).any())
         if short and self._floor_P is not None and bool((self._floor_P > 0).any()):
             self._misses += 1
             self._floor_P = self._floor_P / 4 if self._misses == 1 else torch.zeros_like(self._floor_P)
             raise Missed
         kept_E = torch.zeros_like(s_E, dtype=torch.bool)
         for pool in pools:
-            kept_E[pool] = self.axis.top(s_E[pool][None], self._budget)[0]
+            kept_E[pool] = self.axes.everywhere.top(s_E[pool][None], self._budget)[0]
         self._observe([(s_E[pool], kept_E[pool]) for pool in pools])
         return kept_E
 
@@ -254,7 +256,8 @@ class BatchTopK(ActivationFunction):
         self.batch_topk_threshold.mul_(factor)
 
     def _pool_budget(self, mask_N: Tensor | None, n_rows: int) -> int:
-        return self.k * (n_rows if mask_N is None else int(mask_N.sum())) // self.n_pools
+        n_valid = torch.tensor(n_rows if mask_N is None else int(mask_N.sum()))
+        return self.k * int(self.axes.tokens.total(n_valid)) // self.n_pools
 
     def _of_rows(self, value_P: Tensor, s_BF: Tensor) -> Tensor:
         """A value of each pool as one of each row (pools alternate), or the value itself if there is one pool."""
@@ -265,6 +268,7 @@ class BatchTopK(ActivationFunction):
     def _observe(self, pools: list[tuple[Tensor, Tensor]]) -> None:
         smallest_P = torch.stack([torch.where(kept, s, math.inf).amin() if s.numel() else s.new_tensor(math.inf)
                                   for s, kept in pools]).float()  # fmt: skip
+        smallest_P = self.axes.everywhere.smallest(smallest_P)
         known_P = self.batch_topk_threshold.view(-1)
         moved_P = torch.where(known_P == 0, smallest_P, self.decay * known_P + (1 - self.decay) * smallest_P)
         known_P.copy_(torch.where(torch.isfinite(smallest_P), moved_P, known_P))

@@ -1,32 +1,91 @@
-"""The latent axis: the only place where mathematics meets latents that may live in another process."""
+"""Axes: the only place where mathematics meets latents, or tokens, that live in another process.
+
+A run over several processes cuts its latents along one axis and its batches along another (DeviceMesh's `"model"` and
+`"data"`). Dictionaries, losses and metrics ask the axis for what concerns all of it, and never know whether there is
+anything elsewhere: the axes of this file have one process each, and `parallel/` replaces them.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+DRAWN_LATENTS = 1024
+"""Fresh weights are drawn so many latents at a time, so that a process can skip those that are not its own."""
 
-class LatentAxis:
-    """The four operations that involve latents elsewhere. In this default object there is no elsewhere.
 
-    A sharded axis replaces it and sums, or selects, over processes; dictionaries never know which one they hold.
-    """
+class Axis:
+    """An axis with one process: there is no elsewhere."""
+
+    size: int = 1
+    """How many processes share the axis."""
+    place: int = 0
+    """Which of them this one is."""
 
     def enter(self, x: Tensor) -> Tensor:
-        """Hand a replicated tensor to the local latents: identity forward, sum of gradients backward."""
+        """Hand a replicated tensor to what is cut along the axis: identity forward, sum of gradients backward."""
         return x
 
     def leave(self, y: Tensor) -> Tensor:
-        """Collect what the local latents add up to: sum forward, identity backward."""
+        """Collect what the processes' parts add up to: sum forward, identity backward."""
         return y
 
     def total(self, v: Tensor) -> Tensor:
-        """Sum of a per-shard total over all shards, for statistics (no gradient)."""
+        """Sum over the axis, without a gradient."""
+        return v
+
+    def add_up(self, own: Tensor) -> None:
+        """Replace a contiguous tensor by its sum over the axis."""
+
+    def smallest(self, v: Tensor) -> Tensor:
+        """Smallest value over the axis, without a gradient."""
         return v
 
     def top(self, candidates_RC: Tensor, k: int) -> Tensor:
-        """Which candidates are among the k largest of their row over all shards: bool `[R, C]`, exactly min(k, C)."""
+        """Which candidates are among the k largest of their row over the axis: bool `[R, C]`, in all exactly k a row
+        (or all, if there are fewer). Processes may bring different numbers of candidates."""
         if candidates_RC.shape[1] <= k:
             return torch.ones_like(candidates_RC, dtype=torch.bool)
         chosen = candidates_RC.topk(k, dim=1, sorted=False).indices
         return torch.zeros_like(candidates_RC, dtype=torch.bool).scatter_(1, chosen, True)
+
+    def join(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in order of their places."""
+        return rows
+
+    def draw(self, out_FX: Tensor, fill: Callable[[Tensor], object], runs: list[int] | None = None) -> None:
+        """Fill weights, latents first, with random numbers: the same for a latent however the latents are cut.
+
+        Args:
+            fill: draws one block `[at most DRAWN_LATENTS, ...]` in place, from torch's global generator.
+            runs: lengths of the stretches of latents that are each cut evenly (a mixture of transforms cuts each rank);
+                None: all are one.
+        """
+        for own_FX in out_FX.split(out_FX.shape[0] if runs is None else [n // self.size for n in runs]):
+            n_latents = len(own_FX) * self.size
+            for start in range(0, n_latents, DRAWN_LATENTS):
+                block = own_FX.new_empty(min(DRAWN_LATENTS, n_latents - start), *own_FX.shape[1:])
+                fill(block)
+                first = self.place * len(own_FX)
+                low, high = max(start, first), min(start + len(block), first + len(own_FX))
+                if low < high:
+                    own_FX[low - first : high - first] = block[low - start : high - start]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The axes of a dictionary."""
+
+    latents: Axis = field(default_factory=Axis)
+    """Along which latents are cut."""
+    tokens: Axis = field(default_factory=Axis)
+    """Along which batches are cut."""
+    everywhere: Axis = field(default_factory=Axis)
+    """All processes of both."""
+
+    def of_whole_batches(self) -> Axes:
+        """The axes to use while every process sees the whole batch: initialisation, evaluation."""
+        return replace(self, tokens=Axis(), everywhere=self.latents)

@@ -41,7 +41,7 @@ def find_best(
     if isinstance(activation, TopK) and _chooses_like(activation, TopK):
         return _best_of_each_token(x_ND, W_DF, b_F, activation, scale_F)
     if isinstance(activation, BatchTopK) and _chooses_like(activation, BatchTopK) and activation.training:
-        if screening_pays(x_ND, len(b_F), activation.k):
+        if activation.axes.everywhere.size == 1 and screening_pays(x_ND, len(b_F), activation.k):
             return _best_of_the_batch(x_ND, W_DF, b_F, activation, scale_F, mask_N)
         return None
     if activation.judges_entries:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lm_saes.dictionaries.record import Record
+from lm_saes.latents.axis import Axis
 
 
 def auxk(
@@ -24,17 +25,17 @@ def auxk(
         site: the site whose error they are to explain.
     """
     error_NM = (record.label[site] - record.reconstruction[site]).detach()
-    difference = error_NM - strongest(hidden_pre_ND, norm_D, k_aux) @ W_DM
+    latents = record.axes.latents
+    difference = error_NM - latents.leave(strongest(hidden_pre_ND, norm_D, k_aux, latents) @ W_DM)
     return record.token_mean(torch.linalg.vecdot(difference, difference))
 
 
-def strongest(hidden_pre_ND: Tensor, norm_D: Tensor | None, k: int) -> Tensor:
+def strongest(hidden_pre_ND: Tensor, norm_D: Tensor | None, k: int, latents: Axis) -> Tensor:
     """The k largest positive `s = h norm` of each row keep their `h`; the rest is 0. Differentiable in `h`."""
     with torch.no_grad():
         s_ND = hidden_pre_ND if norm_D is None else hidden_pre_ND * norm_D
         kept_ND = torch.gt(s_ND, 0, out=torch.empty_like(s_ND))  # as numbers: masks and `where` are slow
-        crowded_X = (kept_ND.sum(1) > k).nonzero().squeeze(1)
+        crowded_X = (latents.total(kept_ND.sum(1)) > k).nonzero().squeeze(1)
         if len(crowded_X):
-            best = s_ND[crowded_X].topk(k, dim=1, sorted=False)
-            kept_ND[crowded_X] = torch.zeros_like(s_ND[crowded_X]).scatter_(1, best.indices, 1.0)
+            kept_ND[crowded_X] *= latents.top(s_ND[crowded_X], k)
     return hidden_pre_ND * kept_ND

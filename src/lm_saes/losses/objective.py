@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from lm_saes.dictionaries.record import Record
@@ -31,7 +32,7 @@ def objective(
         dead = None if is_dead is None else is_dead.flatten().nonzero().squeeze(-1)
         terms["l_aux"] = (
             terms["l_rec"].new_zeros(())
-            if dead is None or dead.numel() == 0
+            if dead is None or not dictionary.axes.latents.total(torch.tensor(dead.numel()))
             else settings.auxk_coefficient * dictionary.dead_latent_loss(record, dead, settings.k_aux)
         )
     return {"loss": sum(terms.values(), start=terms["l_rec"].new_zeros(())), **terms}

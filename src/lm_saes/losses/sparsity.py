@@ -43,7 +43,7 @@ def find_sparsity_loss(name: str) -> SparsityLoss:
 
 
 def _latent_sums(record: Record, function: EntryFunction) -> Tensor:
-    """`function(f norm)` of each latent summed over valid tokens: `[F]`, or `[S, F]`."""
+    """`function(f norm)` of each latent summed over the valid tokens of this part of the batch: `[F]`, or `[S, F]`."""
     norm = record.norm[0] if record.code_sites == 1 else record.norm
     return record.code.latent_sums(function, norm, record.row_mask)
 
@@ -51,16 +51,16 @@ def _latent_sums(record: Record, function: EntryFunction) -> Tensor:
 @sparsity_loss("power")
 def power(record: Record, settings: LossSettings) -> Tensor:
     """Mean over tokens of `|| f norm ||_p`; where a norm has no derivative (at 0) its gradient is 0."""
-    p = settings.p
+    p, latents = settings.p, record.axes.latents
     if p <= 0:
         raise ConfigError(f"p={p}: the power of a norm must be positive; use 1 for the L1 norm")
     if p == 1:
-        return record.row_mean_of_sum(_latent_sums(record, Identity()).sum())
+        return record.row_mean_of_sum(latents.leave(_latent_sums(record, Identity()).sum()))
     norm = record.norm[0] if record.code_sites == 1 else record.norm
     weighed = accumulable(record.code.values * record.code.at(norm))
     active = weighed > 0
     powers = torch.where(active, torch.where(active, weighed, 1.0) ** p, 0.0)
-    sums = record.code.sum_rows(powers)
+    sums = latents.leave(record.code.sum_rows(powers))
     some = sums > 0
     return record.row_mean(torch.where(some, torch.where(some, sums, 1.0) ** (1 / p), 0.0))
 
@@ -68,11 +68,13 @@ def power(record: Record, settings: LossSettings) -> Tensor:
 @sparsity_loss("tanh")
 def tanh(record: Record, settings: LossSettings) -> Tensor:
     """Mean over tokens of `sum_i tanh(c f_i norm_i)` (Anthropic, January 2025 update)."""
-    return record.row_mean_of_sum(_latent_sums(record, Tanh(settings.tanh_stretch_coefficient)).sum())
+    sums_F = _latent_sums(record, Tanh(settings.tanh_stretch_coefficient))
+    return record.row_mean_of_sum(record.axes.latents.leave(sums_F.sum()))
 
 
 @sparsity_loss("tanh-quad")
 def tanh_quad(record: Record, settings: LossSettings) -> Tensor:
     """`sum_i q_i (1 + q_i / s)` with `q_i` the mean over tokens of `tanh(c f_i norm_i)`: dense latents pay more."""
-    q_F = _latent_sums(record, Tanh(settings.tanh_stretch_coefficient)) / record.n_tokens
-    return (q_F * (1 + q_F / settings.frequency_scale)).sum() / record.code_sites
+    sums_F = _latent_sums(record, Tanh(settings.tanh_stretch_coefficient))
+    q_F = record.axes.tokens.leave(sums_F) / record.n_tokens
+    return record.axes.latents.leave((q_F * (1 + q_F / settings.frequency_scale)).sum()) / record.code_sites

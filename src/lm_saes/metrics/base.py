@@ -26,14 +26,20 @@ class StepFacts:
     n_tokens: Tensor
     """Valid tokens of this step."""
     n_dead: Tensor
-    """How many latents are dead after it (0-d; of a cross-layer transcoder `[L]`, by layer)."""
+    """How many of these latents are dead after it (0-d; of a cross-layer transcoder `[L]`, by layer)."""
     fired_counts: Tensor
-    """On how many valid tokens each latent was active in this step, `[F]` (`[L, F]`)."""
+    """On how many valid tokens each of these latents was active in this step, `[F]` (`[L, F]`)."""
 
 
 class Metric(ABC):
-    """Totals in float64, updated on the device without waiting for it; read only at a report."""
+    """Totals in float64, updated on the device without waiting for it; read only at a report.
 
+    `observe` sees this process's part of the batch and of the latents, and adds up over that; `step` is told facts of
+    the whole batch (still of these latents).
+    """
+
+    of_latents: ClassVar[frozenset[str]] = frozenset()
+    """Totals of `observe` that are sums over latents."""
     registry: ClassVar[list[type[Metric]]] = []
 
     def __init_subclass__(cls, **kwargs) -> None:
@@ -59,6 +65,14 @@ class Metric(ABC):
     @abstractmethod
     def report(self) -> dict[str, float]:
         """The values of the window that ends now; only called if something was taken in."""
+
+    def collected(self) -> dict[str, Tensor]:
+        """The totals of `observe`, over the whole batches and all latents. Every process has to ask."""
+        axes = self.dictionary.axes
+        return {
+            name: (axes.everywhere if name in self.of_latents else axes.tokens).total(total)
+            for name, total in self.totals.items()
+        }
 
     def end_window(self) -> None:
         """Begin the next window; called after every report."""

@@ -49,6 +49,7 @@ class Board:
         facts = StepFacts(gradient_norm, clipped_norm, gradient_norm.new_tensor(tokens), zero, zero)
         if self.tracking:
             fired = torch.stack([self.dictionary.latent_counts(record) for record, _ in passes]).sum(0)
+            fired = self.dictionary.axes.tokens.total(fired)
             facts = replace(facts, n_dead=self.dead.update(fired > 0, tokens).sum(-1), fired_counts=fired)
         for metric in self.metrics:
             for record, terms in passes:

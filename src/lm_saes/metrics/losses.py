@@ -16,12 +16,11 @@ class Losses(Metric):
     """`losses/*`: each term already times its coefficient."""
 
     def observe(self, record: Record, terms: Mapping[str, Tensor]) -> None:
-        self.add("tokens", record.n_tokens)
+        self.add("tokens", record.n_tokens_here)
         for name, value in terms.items():
-            self.add(name, value.detach() * record.n_tokens)
+            self.add(name, value.detach() * record.n_tokens_here)
 
     def report(self) -> dict[str, float]:
-        tokens = float(self.totals["tokens"])
-        return {
-            f"losses/{_NAMES[name]}": float(total) / tokens for name, total in self.totals.items() if name in _NAMES
-        }
+        totals = self.collected()
+        tokens = float(totals["tokens"])
+        return {f"losses/{_NAMES[name]}": float(total) / tokens for name, total in totals.items() if name in _NAMES}

@@ -22,18 +22,24 @@ class RanksInUse(Metric):
 
     dictionary: MixtureOfLinearTransform
 
+    @property
+    def of_latents(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset(f"rank{rank}" for rank in self._ranks)
+
     @classmethod
     def applies(cls, dictionary: AbstractSparseAutoEncoder) -> bool:
         return isinstance(dictionary, MixtureOfLinearTransform)
 
     @torch.no_grad()
     def observe(self, record: Record, terms: Mapping[str, Tensor]) -> None:
-        self.add("tokens", record.n_tokens)
-        for rank, counts in zip(self._ranks, record.counts.split(list(self._ranks.values())), strict=True):
+        self.add("tokens", record.n_tokens_here)
+        here = [len(V_nrD) for V_nrD in self.dictionary.V_matrices.values()]
+        for rank, counts in zip(self._ranks, record.counts.split(here), strict=True):
             self.add(f"rank{rank}", counts.sum(dtype=torch.float64))
 
     def report(self) -> dict[str, float]:
-        l0 = {rank: float(self.totals[f"rank{rank}"] / self.totals["tokens"]) for rank in self._ranks}
+        totals = self.collected()
+        l0 = {rank: float(totals[f"rank{rank}"] / totals["tokens"]) for rank in self._ranks}
         values = {f"molt_metrics/l0_rank{rank}": active for rank, active in l0.items()}
         values |= {f"molt_metrics/l0_rank{rank}_ratio": active / self._ranks[rank] for rank, active in l0.items()}
         return values | {"molt_metrics/total_rank_sum": sum(rank * active for rank, active in l0.items())}

@@ -18,13 +18,13 @@ class Weights(Metric):
     def report(self) -> dict[str, float]:
         d = self.dictionary
         log_theta = d.activation_function.log_threshold
-        norms = {"metrics/encoder_norm": d.encoder_norm().mean()} if d.has_encoder_norm else {}
-        norms |= {
-            "metrics/decoder_norm": d.decoder_norm().mean(),
-            "metrics/decoder_bias_norm": d.decoder_bias_norm(),
-        }
+        means = {"metrics/encoder_norm": d.encoder_norm()} if d.has_encoder_norm else {}
+        means["metrics/decoder_norm"] = d.decoder_norm()
         if log_theta is not None:
-            norms["metrics/mean_jumprelu_threshold"] = log_theta.exp().mean()
+            means["metrics/mean_jumprelu_threshold"] = log_theta.exp()
+        latents = d.axes.latents
+        norms = {name: latents.total(value.double().mean()) / latents.size for name, value in means.items()}
+        norms["metrics/decoder_bias_norm"] = d.decoder_bias_norm()
         return {name: float(value) for name, value in norms.items()}
 
 

@@ -27,13 +27,13 @@ class Reconstruction(Metric):
         error_GN = error_GN if record.mask is None else error_GN * record.mask
         square_GN = torch.linalg.vecdot(y_GND, y_GND)
         sum_GD = y_GND.sum(1)
-        self.add("tokens", record.n_tokens)
+        self.add("tokens", record.n_tokens_here)
         self.add("error", error_GN.double().sum(1))
         self.add("label", sum_GD)
         self.add("label_square", square_GN.double().sum(1))
         self.add("error_norm", error_GN.sqrt().sum())
         self.add("label_norm", square_GN.sqrt().sum())
-        mean_GD = sum_GD / record.n_tokens
+        mean_GD = record.axes.tokens.total(sum_GD) / record.n_tokens
         about_mean_GN = (
             square_GN - 2 * torch.einsum("gnd,gd->gn", y_GND, mean_GD) + mean_GD.square().sum(1, keepdim=True)
         )
@@ -41,7 +41,7 @@ class Reconstruction(Metric):
         self.add("legacy", (1 - ratio_GN if record.mask is None else (1 - ratio_GN) * record.mask).sum(1).mean())
 
     def report(self) -> dict[str, float]:
-        t = self.totals
+        t = self.collected()
         explained_G = explained_variance(t)
         sites = len(explained_G)
         return {

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class SiteMetric(Metric):
     """Per site: explained variance, active latents per valid token, `||y_hat - y||^2` (normalised units)."""
 
+    of_latents = frozenset({"active"})
     dimension: ClassVar[str]
     """What the dictionary calls its sites."""
 
@@ -32,14 +33,14 @@ class SiteMetric(Metric):
         error_SN, label_SND = record.squared_error, record.label
         if record.mask is not None:
             error_SN, label_SND = error_SN * record.mask, label_SND * record.mask[:, None]
-        self.add("tokens", record.n_tokens)
+        self.add("tokens", record.n_tokens_here)
         self.add("error", error_SN.double().sum(1))
         self.add("label", label_SND.sum(1))
         self.add("label_square", torch.linalg.vecdot(label_SND, label_SND).double().sum(1))
         self.add("active", record.counts.view(record.code_sites, -1).sum(1, dtype=torch.float64))
 
     def report(self) -> dict[str, float]:
-        t = self.totals
+        t = self.collected()
         explained_S, l0_S, l_rec_S = explained_variance(t), t["active"] / t["tokens"], t["error"] / t["tokens"]
         values: dict[str, float] = {}
         for site, numbers in enumerate(torch.stack([explained_S, l0_S, l_rec_S], 1).tolist()):

@@ -17,16 +17,18 @@ _BELOW = (1e-5, 1e-6, 1e-7)
 class ActiveLatents(Metric):
     """`l0`: active latents per valid token (summed over layers, averaged over heads), and their mean value."""
 
+    of_latents = frozenset({"active", "per_token", "value"})
+
     @torch.no_grad()
     def observe(self, record: Record, terms: Mapping[str, Tensor]) -> None:
-        self.add("tokens", record.n_tokens)
+        self.add("tokens", record.n_tokens_here)
         active = record.counts.sum(dtype=torch.float64)
         self.add("active", active)
         self.add("per_token", active / record.code_sites if self.dictionary.averages_sites else active)
         self.add("value", record.totals.sum(dtype=torch.float64))
 
     def report(self) -> dict[str, float]:
-        t = self.totals
+        t = self.collected()
         return {
             "metrics/l0": float(t["per_token"] / t["tokens"]),
             "metrics/mean_feature_act": float(t["value"] / t["active"].clamp(min=1)),
@@ -51,18 +53,19 @@ class FiringFrequency(Metric):
         if "full_counts" not in self.totals:
             return {}
         frequency = self.totals["full_counts"] / self.totals["full_tokens"]
-        values = _shares(frequency, "")
+        values = self._shares(frequency, "")
         for layer, frequency_F in enumerate(frequency if frequency.ndim > 1 else ()):
-            values |= _shares(frequency_F, f"_layer{layer}")
+            values |= self._shares(frequency_F, f"_layer{layer}")
         return values
 
     def end_window(self) -> None:
         self.totals = {name: total for name, total in self.totals.items() if not name.startswith("full_")}
 
-
-def _shares(frequency: Tensor, suffix: str) -> dict[str, float]:
-    above = {f"sparsity/above_{_power(limit)}{suffix}": float((frequency > limit).sum()) for limit in _ABOVE}
-    return above | {f"sparsity/below_{_power(limit)}{suffix}": float((frequency < limit).sum()) for limit in _BELOW}
+    def _shares(self, frequency: Tensor, suffix: str) -> dict[str, float]:
+        names = [f"above_{_power(limit)}" for limit in _ABOVE] + [f"below_{_power(limit)}" for limit in _BELOW]
+        beyond = [frequency > limit for limit in _ABOVE] + [frequency < limit for limit in _BELOW]
+        counts = self.dictionary.axes.latents.total(torch.stack([latents.sum() for latents in beyond]))
+        return {f"sparsity/{name}{suffix}": float(n) for name, n in zip(names, counts.tolist(), strict=True)}
 
 
 def _power(limit: float) -> str:
@@ -76,6 +79,6 @@ class Dead(Metric):
         self.totals = {"dead": facts.n_dead.detach()}
 
     def report(self) -> dict[str, float]:
-        k, dead = self.dictionary.current_k, self.totals["dead"]
+        k, dead = self.dictionary.current_k, self.dictionary.axes.latents.total(self.totals["dead"])
         layers = {f"sparsity/dead_layer{i}": float(n) for i, n in enumerate(dead if dead.ndim else ())}
         return {"sparsity/dead": float(dead.sum()), **layers} | ({} if k is None else {"sparsity/k": float(k)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch.optim import Optimizer
 from lm_saes.errors import ConfigError
 from lm_saes.latents import kernels
 from lm_saes.training.config import TrainerConfig
+
+if TYPE_CHECKING:
+    from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 
 
 class SparseAdam(Optimizer):
@@ -45,7 +48,7 @@ class SparseAdam(Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         state["step"] += 1
-        order = _storage_order(p)
+        order = storage_order(p)
         rows = torch.arange(p.shape[order[0]] if order else 1, device=p.device)
         weights, m, v = (x.permute(order).view(len(rows), -1) for x in (p, state["exp_avg"], state["exp_avg_sq"]))
         gradient = grad.permute(order).reshape(len(rows), -1)
@@ -71,14 +74,14 @@ class FusedAdam(torch.optim.Adam):
         for i, p in enumerate(params):
             if grads[i].stride() != p.stride():
                 grads[i] = torch.empty_like(p).copy_(grads[i])
-            order = _storage_order(p)
+            order = storage_order(p)
             if not p.is_contiguous() and all(tensors[i].permute(order).is_contiguous() for tensors in lists):
                 for tensors in lists:
                     tensors[i] = tensors[i].permute(order)
         return result
 
 
-def _storage_order(p: Tensor) -> list[int]:
+def storage_order(p: Tensor) -> list[int]:
     """The dimensions of a tensor in the order that they are stored in."""
     return sorted(range(p.ndim), key=p.stride, reverse=True)
 
@@ -125,27 +128,38 @@ def _rate(cfg: TrainerConfig, name: str, family: str) -> float:
     raise ConfigError(f"lr={cfg.lr}: gives no rate for {name!r}; add it, its group {family!r}, or 'default'")
 
 
-def gradient_norm(dictionary: nn.Module) -> Tensor:
+def gradient_norm(dictionary: AbstractSparseAutoEncoder) -> Tensor:
     """Global 2-norm of the gradients of all parameters but JumpReLU thresholds (0-d)."""
-    return torch.nn.utils.get_total_norm(_gradients(dictionary, thresholds=False))
+    return _norm(dictionary, thresholds=False)
 
 
-def threshold_gradient_norm(dictionary: nn.Module) -> Tensor:
+def threshold_gradient_norm(dictionary: AbstractSparseAutoEncoder) -> Tensor:
     """2-norm of the gradients of JumpReLU thresholds (0-d; 0 without any)."""
-    return torch.nn.utils.get_total_norm(_gradients(dictionary, thresholds=True))
+    return _norm(dictionary, thresholds=True)
+
+
+def _norm(dictionary: AbstractSparseAutoEncoder, thresholds: bool) -> Tensor:
+    gradients, latents = _gradients(dictionary, thresholds), dictionary.axes.latents
+    if latents.size == 1:
+        return torch.nn.utils.get_total_norm(gradients.values())
+    maps = dictionary.dim_maps()
+    cut = [gradient for name, gradient in gradients.items() if "model" in maps[name]]
+    copied = [gradient for name, gradient in gradients.items() if "model" not in maps[name]]
+    cut_square, copied_square = (torch.nn.utils.get_total_norm(some).square() for some in (cut, copied))
+    return (latents.total(cut_square) + copied_square).sqrt()
 
 
 def clip_gradients(dictionary: nn.Module, norm: Tensor, largest: float) -> Tensor:
     """Scale the gradients that `norm` is the 2-norm of down to at most `largest`; the norm afterwards (0-d)."""
     factor = (largest / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1.0)
-    for gradient in _gradients(dictionary, thresholds=False):
+    for gradient in _gradients(dictionary, thresholds=False).values():
         gradient.mul_(factor)
     return norm * factor
 
 
-def _gradients(dictionary: nn.Module, thresholds: bool) -> list[Tensor]:
-    return [
-        p.grad
+def _gradients(dictionary: nn.Module, thresholds: bool) -> dict[str, Tensor]:
+    return {
+        name: p.grad
         for name, p in dictionary.named_parameters()
         if p.grad is not None and name.endswith("log_jumprelu_threshold") == thresholds
-    ]
+    }

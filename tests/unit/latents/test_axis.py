@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_saes.latents.axis import LatentAxis
+from lm_saes.latents.axis import Axis
 
-AXIS = LatentAxis()
+AXIS = Axis()
 
 
 @pytest.mark.parametrize("operation", [AXIS.enter, AXIS.leave, AXIS.total])

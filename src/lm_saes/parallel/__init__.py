@@ -1,0 +1,1 @@
+"""Runs over many processes: the mesh, the axes along which it cuts, and what is cut."""

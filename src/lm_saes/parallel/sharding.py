@@ -1,0 +1,77 @@
+"""A process's part of a dictionary: every parameter cut along its latents, as the kind's `dim_maps` says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lm_saes.errors import ConfigError
+from lm_saes.parallel.mesh import MODEL, axes_of
+
+if TYPE_CHECKING:
+    from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
+    from lm_saes.dictionaries.config import BaseSAEConfig
+
+Kind = TypeVar("Kind", bound="AbstractSparseAutoEncoder")
+
+
+def build_part(kind: type[Kind], cfg: BaseSAEConfig, mesh: DeviceMesh) -> Kind:
+    """This process's part of a dictionary, all zeros, without the rest ever having been there.
+
+    Raises:
+        ConfigError: the latents cannot be cut evenly.
+    """
+    axes = axes_of(mesh)
+    with torch.device("meta"):
+        part = kind(cfg)
+    maps, n = part.dim_maps(), axes.latents.size
+    for name, whole in [*part.named_parameters(), *part.named_buffers()]:
+        owner, _, own_name = name.rpartition(".")
+        shape, dim = list(whole.shape), maps.get(name, {}).get(MODEL)
+        if dim is not None:
+            for run in runs_of(part, shape[dim]):
+                _check_even(cfg, run, n)
+            shape[dim] //= n
+        order = sorted(range(whole.ndim), key=whole.stride, reverse=True)
+        stored = torch.zeros([shape[i] for i in order], dtype=whole.dtype, device=cfg.device)
+        tensor = stored.permute([order.index(i) for i in range(whole.ndim)])
+        if isinstance(whole, nn.Parameter):
+            part.get_submodule(owner)._parameters[own_name] = nn.Parameter(tensor)
+        else:
+            part.get_submodule(owner)._buffers[own_name] = tensor
+    part.attach(axes)
+    return part
+
+
+def runs_of(dictionary: AbstractSparseAutoEncoder, size: int) -> list[int]:
+    """The stretches of a dimension of `size` latents (of all processes) that are each cut evenly."""
+    runs = dictionary.latent_runs
+    return runs if size == sum(runs) else [size]
+
+
+def cut(whole: Tensor, dim: int, runs: list[int], place: int, n: int) -> Tensor:
+    """The part of a tensor that belongs to the process at a place, of n."""
+    return torch.cat([run.chunk(n, dim)[place] for run in whole.split(runs, dim)], dim)
+
+
+def own_part(dictionary: AbstractSparseAutoEncoder, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of whole tensors, by their names in files, that belong to this process."""
+    maps, latents = dictionary.file_dim_maps(), dictionary.axes.latents
+    part = dict(whole)
+    for name, tensor in whole.items():
+        dim = maps.get(name, {}).get(MODEL)
+        if dim is not None:
+            part[name] = cut(tensor, dim, runs_of(dictionary, tensor.shape[dim]), latents.place, latents.size)
+    return part
+
+
+def _check_even(cfg: BaseSAEConfig, size: int, n: int) -> None:
+    if size % n:
+        raise ConfigError(
+            f"model_parallel_size={n}: does not divide the {size} latents (or heads, or transforms of one rank) of "
+            f"sae_type={cfg.sae_type!r} evenly; use a divisor"
+        )

@@ -1,0 +1,129 @@
+"""What the processes of a test do: train a few steps on their shares of the batches, and say what came of it.
+
+`train` runs alone (no mesh) or on a mesh. The results have the same names and, joined over the latents, the same
+shapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from lm_saes import Initializer, InitializerConfig, Trainer, TrainerConfig
+from lm_saes.data.batch import Batch
+from lm_saes.data.peek import peekable
+from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
+from lm_saes.dictionaries.config import BaseSAEConfig
+from lm_saes.parallel.sharding import runs_of
+from lm_saes.parallel.share import share_of
+from lm_saes.training.micro_batches import take
+
+D, CONTEXTS, LENGTH = 6, 8, 5
+REPORT = 5
+"""Steps between reports."""
+KINDS: dict[str, dict[str, Any]] = {
+    "sae": {"hook_point_in": "a", "hook_point_out": "a"},
+    "transcoder": {"hook_point_in": "a", "hook_point_out": "b", "use_glu_encoder": True,
+                   "sparsity_include_decoder_norm": False},
+    "crosscoder": {"hook_points": ["a", "b", "c"]},
+    "clt": {"hook_points_in": ["a", "b"], "hook_points_out": ["b", "c"]},
+    "molt": {"hook_point_in": "a", "hook_point_out": "b", "rank_counts": {1: 12, 3: 8, 9: 4}},
+    "lorsa": {"hook_point_in": "a", "hook_point_out": "b", "n_qk_heads": 8, "d_qk_head": 4, "n_ctx": LENGTH,
+              "rotary_dim": 4, "use_post_qk_ln": True, "normalization_type": "RMS"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run."""
+
+    kind: str
+    act_fn: str
+    steps: int = 20
+    dtype: str = "float64"
+    sae: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    initializer: dict[str, Any] = field(default_factory=dict)
+    uneven: bool = False
+    """Whether tokens are masked so that processes have different numbers of valid ones."""
+
+
+def config(case: Case) -> BaseSAEConfig:
+    settings: dict[str, Any] = {"d_model": D, "expansion_factor": 4.0, "act_fn": case.act_fn, "dtype": case.dtype}
+    if case.kind == "molt":
+        del settings["expansion_factor"]
+    if "topk" in case.act_fn:
+        settings["top_k"] = 3
+    name = "sae" if case.kind == "transcoder" else case.kind
+    return BaseSAEConfig.kind(name)(**settings | KINDS[case.kind] | case.sae)
+
+
+def batches(case: Case) -> list[Batch]:
+    """The run's whole batches: contexts of sums of a few directions, the same for whoever asks."""
+    draw = torch.Generator().manual_seed(3)
+    directions = torch.randn(3, 12, D, generator=draw, dtype=torch.float64)
+    made: list[Batch] = []
+    for step in range(case.steps * case.trainer.get("gradient_accumulation_steps", 1)):
+        shape = (CONTEXTS, LENGTH)
+        strength = torch.rand(*shape, 12, generator=draw, dtype=torch.float64)
+        strength *= torch.rand(*shape, 12, generator=draw) < 0.2
+        batch: Batch = {"tokens": torch.arange(CONTEXTS * LENGTH).view(shape) + step}
+        for hook, rows in zip("abc", directions, strict=True):
+            noise = torch.randn(*shape, D, generator=draw, dtype=torch.float64)
+            batch[hook] = (strength @ rows + 0.1 * noise).to(getattr(torch, case.dtype))
+        if case.uneven:
+            ends = torch.arange(CONTEXTS)[:, None] * LENGTH // CONTEXTS
+            batch["mask"] = torch.arange(LENGTH) <= ends
+        made.append(batch)
+    return made
+
+
+def train(case: Case, mesh: DeviceMesh | None, place: str) -> dict[str, Tensor]:
+    """Train, and return losses and metrics, weights, what is selected, and dead counts."""
+    torch.manual_seed(5)
+    threshold: dict[str, Any] = {"init_log_jumprelu_threshold_value": -1.0} if case.act_fn == "jumprelu" else {}
+    initializer = Initializer(InitializerConfig(**threshold | case.initializer))
+    whole = batches(case)
+    probe = whole[0]
+    own = share_of(whole, mesh)
+    sae = initializer.initialize_sae_from_config(config(case), own, device_mesh=mesh)
+    cfg = TrainerConfig(
+        total_training_tokens=case.steps * CONTEXTS * LENGTH * case.trainer.get("gradient_accumulation_steps", 1),
+        exp_result_path=place, log_frequency=1, dead_threshold=60, feature_sampling_window=5, clip_grad_norm=0.5,
+        amp_dtype=None,
+        **{"lr": 1e-2, **case.trainer},
+    )  # fmt: skip
+    results: dict[str, Tensor] = {}
+    trainer, reports = Trainer(cfg), list[dict[str, float]]()
+    stream = peekable(own)
+    run = trainer._prepare(sae, stream)
+    sae.train()
+    while batches_of_step := take(stream, cfg.gradient_accumulation_steps, sae):
+        trainer._update(run, batches_of_step)
+        if trainer.cur_step % REPORT == 0 or trainer.cur_step == case.steps:
+            report = trainer._report(run)
+            reports.append({name: value for name, value in report.items() if name != "details/tokens_per_second"})
+    for name in reports[-1].keys() | reports[0].keys():
+        results[f"report.{name}"] = torch.tensor([r.get(name, 0.0) for r in reports], dtype=torch.float64)
+    for name, tensor in sae.full_state_dict().items():
+        results[f"weights.{name}"] = joined(sae, tensor, sae.file_dim_maps().get(name, {}).get("model"))
+    results["waited"] = joined(sae, run.board.dead.tokens_since_last_activation, -1)
+    with torch.no_grad():
+        sae.attach(sae.axes.of_whole_batches())
+        dense = sae.record(probe).code.dense()
+        results["chosen"] = joined(sae, (dense > 0).to(torch.int8), 1)
+    return results
+
+
+def joined(sae: AbstractSparseAutoEncoder, part: Tensor, dim: int | None) -> Tensor:
+    """A tensor of all latents from the processes' parts."""
+    part, latents = part.detach(), sae.axes.latents
+    if dim is None or latents.size == 1:
+        return part
+    runs = [n // latents.size for n in runs_of(sae, part.shape[dim] * latents.size)]
+    pieces = [latents.join(piece.movedim(dim, 0).contiguous()) for piece in part.split(runs, dim)]
+    return torch.cat(pieces).movedim(0, dim)
