@@ -45,13 +45,13 @@ def axes_of(mesh: DeviceMesh) -> Axes:
     Raises:
         ConfigError: it has others.
     """
-    names = mesh.mesh_dim_names or ()
-    if unknown := set(names) - {DATA, MODEL}:
-        raise ConfigError(f"device_mesh: dimension {sorted(unknown)[0]!r} is not known; use 'data' and 'model'")
+    names = getattr(mesh, "mesh_dim_names", None)
+    if not names or set(names) - {DATA, MODEL}:
+        raise ConfigError(f"device_mesh: its dimensions are {names}; give a DeviceMesh of 'data' and 'model'")
     latents, tokens = (_axis(mesh, name) for name in (MODEL, DATA))
     if latents.size == 1 or tokens.size == 1:
         return Axes(latents, tokens, latents if tokens.size == 1 else tokens)
-    return Axes(latents, tokens, SharedAxis(dist.new_group(mesh.mesh.flatten().tolist())))
+    return Axes(latents, tokens, SharedAxis(dist.new_group(mesh.mesh.flatten().tolist())))  # type: ignore[arg-type]
 
 
 def _axis(mesh: DeviceMesh, name: str) -> Axis:

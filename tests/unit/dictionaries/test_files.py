@@ -121,8 +121,8 @@ def test_another_kind_is_refused(tmp_path: Path) -> None:
         Other.from_pretrained(tmp_path)
 
 
-def test_a_device_mesh_is_refused_for_now() -> None:
-    with pytest.raises(ConfigError, match="device_mesh"):
+def test_what_is_no_device_mesh_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^device_mesh: .* give a DeviceMesh of 'data' and 'model'$"):
         SparseAutoEncoder.from_config(sae_config(), device_mesh=object())
 
 
