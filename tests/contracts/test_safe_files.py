@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import pickle
 import shutil
 import sys
@@ -494,7 +493,6 @@ def test_a_directory_of_data_names_files_of_its_own_only(tmp_path: Path) -> None
             read(tmp_path / "data", cache_dir=str(tmp_path / "cache"))
 
 
-@pytest.mark.skipif(not hasattr(os, "symlink"), reason="no symbolic links")
 def test_a_checkpoint_is_not_written_through_a_link(place: Place) -> None:
     """Names inside a run are made by the run; what lay there under such a name is replaced, not followed."""
     target = place.path / "target"

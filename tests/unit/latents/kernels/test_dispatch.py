@@ -13,7 +13,7 @@ from lm_saes.errors import ConfigError
 from lm_saes.latents import kernels
 from lm_saes.latents.kernels import plain
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+needs_triton = pytest.mark.usefixtures("triton")
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 Both need settings that hold for a whole process, so each has one of its own.
 """
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -12,17 +11,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("triton")
 HERE = Path(__file__).parent
 SOURCE = Path(__file__).parents[4] / "src"
-
-
-@pytest.fixture(autouse=True)
-def triton() -> None:
-    """Skip where Triton is not installed, as on a Mac; but never in CI."""
-    if importlib.util.find_spec("triton") is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("triton is not installed: `make setup` installs it on Linux")
-        pytest.skip("triton is not installed")
 
 
 def run(*arguments: str, **environment: str) -> str:
