@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lm_saes.dictionaries.molt import MixtureOfLinearTransform, MOLTConfig
 
-from .twin import IN, OUT, THETA, valid
+from .twin import IN, OUT, THETA, gradients_of, valid
 
 RANKS = {9: 5, 1: 8, 3: 7}
 """A file may name them in any order; latents are ordered by rank. From rank 8 on the code works in another way."""
@@ -133,6 +133,4 @@ class MoltTwin:
         return terms
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
-        """The gradient of every parameter; 0 for those that the loss does not reach."""
-        found = torch.autograd.grad(loss, list(self.p.values()), allow_unused=True)
-        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(self.p.items(), found, strict=True)}
+        return gradients_of(self.p, loss)

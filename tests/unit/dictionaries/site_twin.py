@@ -12,18 +12,19 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from lm_saes import Initializer, InitializerConfig
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.clt import CLTConfig, CrossLayerTranscoder
 from lm_saes.dictionaries.crosscoder import CrossCoder, CrossCoderConfig
 
-from .twin import THETA, assert_same
+from .twin import THETA, gradients, gradients_of, random_batch
 
 SITES, D, F = 3, 6, 24
 ACT_FNS = ("relu", "jumprelu", "topk", "batchtopk", "layertopk", "batchlayertopk")
-SPARSITY = (("power", 1), ("power", 2), ("power", 0.5), ("tanh", 1), ("tanh-quad", 1))
 THRESHOLD = "activation_function.batch_topk_threshold"
 INS, OUTS, HOOKS = ([f"{name}{i}" for i in range(SITES)] for name in ("in", "out", "hook"))
 
@@ -46,6 +47,9 @@ def _small(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 CONFIGS: dict[str, Callable[..., Any]] = {"clt": clt_config, "crosscoder": crosscoder_config}
+every_kind = pytest.mark.parametrize("kind", CONFIGS)
+every_act_fn = pytest.mark.parametrize("act_fn", ACT_FNS)
+both_gatings = pytest.mark.parametrize("gated", [False, True])
 
 
 def random_dictionary(cfg: CLTConfig | CrossCoderConfig, seed: int = 0) -> Any:
@@ -57,6 +61,14 @@ def random_dictionary(cfg: CLTConfig | CrossCoderConfig, seed: int = 0) -> Any:
             value = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
             parameter.copy_(0.4 * value - 1 if name == THETA else 0.5 * value)
     return dictionary
+
+
+def made(kind: str, **settings: Any) -> Any:
+    return random_dictionary(CONFIGS[kind](**settings))
+
+
+def batch_for(dictionary: Any, shape: tuple[int, ...] = (9,), masked: bool = False, **options: Any) -> dict[str, Any]:
+    return random_batch(dictionary.cfg, shape, masked, **options)
 
 
 def valid_sites(x: Tensor, batch: Mapping[str, Any]) -> Tensor:
@@ -182,8 +194,7 @@ class SiteTwin:
         return terms
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
-        found = torch.autograd.grad(loss, list(self.p.values()), allow_unused=True)
-        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(self.p.items(), found, strict=True)}
+        return gradients_of(self.p, loss)
 
 
 def _largest(s: Tensor, k: int) -> Tensor:
@@ -246,19 +257,27 @@ def twin_of(dictionary: Any) -> SiteTwin:
 
 def file_gradients(dictionary: Any, loss: Tensor) -> dict[str, Tensor]:
     """The gradient of every parameter under its name, and in its shape, in files."""
-    named = dict(dictionary.named_parameters())
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    grads = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
+    grads = gradients(dictionary, loss)
     by_source = [grads.pop(name) for name in list(grads) if name.startswith("decoders.")]  # [F, S - i, D] of layer i
     for to in range(len(by_source)):
         grads[f"W_D.{to}"] = torch.stack([by_source[i][:, to - i] for i in range(to + 1)])
     return grads
 
 
-def compare_gradients(got: Mapping[str, Tensor], want: Mapping[str, Tensor], tolerance: float) -> None:
-    assert got.keys() == want.keys()
-    for name in want:  # thresholds, and so their gradients, are float32 in every dictionary
-        assert_same(got[name], want[name], max(tolerance, 1e-6) if name == THETA else tolerance, name)
+def initialized(cfg: CLTConfig | CrossCoderConfig, batch: dict[str, Any] | None = None, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    stream = None if batch is None else iter([batch])
+    dictionary = Initializer(InitializerConfig(**settings)).initialize_sae_from_config(cfg, stream)
+    assert isinstance(dictionary, CrossLayerTranscoder if isinstance(cfg, CLTConfig) else CrossCoder)
+    return dictionary
+
+
+def skewed_batch(cfg: CLTConfig | CrossCoderConfig) -> dict[str, Any]:
+    """Skewed activations with another centre in every hook point."""
+    batch = random_batch(cfg, (40, 3), masked=True)
+    for i, hook in enumerate(cfg.associated_hook_points):
+        batch[hook] = batch[hook].abs() ** 1.5 + i
+    return batch
 
 
 def dead_latents(dictionary: Any) -> Tensor:

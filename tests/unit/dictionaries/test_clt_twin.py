@@ -6,20 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_saes import CrossLayerTranscoder, Initializer, InitializerConfig
 from lm_saes.errors import ConfigError
 from lm_saes.latents import linear
 
-from .site_twin import ACT_FNS, INS, OUTS, SITES, D, F, clt_config, random_dictionary
-from .twin import THETA, assert_same, distances, least_distance, random_batch, valid
-
-
-def initialized(cfg: Any, batch: dict[str, Any] | None = None, **settings: Any) -> CrossLayerTranscoder:
-    torch.manual_seed(0)
-    stream = None if batch is None else iter([batch])
-    sae = Initializer(InitializerConfig(**settings)).initialize_sae_from_config(cfg, stream)
-    assert isinstance(sae, CrossLayerTranscoder)
-    return sae
+from .comparing import check_geometric_median
+from .site_twin import ACT_FNS, INS, OUTS, SITES, D, F, clt_config, initialized, random_dictionary, skewed_batch
+from .twin import THETA, assert_same, random_batch, valid
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -108,21 +100,13 @@ def test_tying_and_thresholds_are_refused() -> None:
 
 @pytest.fixture
 def batch() -> dict[str, Any]:
-    """Skewed activations with another centre in every hook point."""
-    found = random_batch(clt_config(), (40, 3), masked=True)  # type: ignore[arg-type]
-    for i, hook in enumerate(INS + OUTS):
-        found[hook] = found[hook].abs() ** 1.5 + i
-    return found
+    return skewed_batch(clt_config())
 
 
 def test_decoder_biases_are_geometric_medians(batch: dict[str, Any]) -> None:
     clt = initialized(clt_config(), batch, bias_init_method="geometric_median")
     for b_D, hook in zip(clt.b_D, OUTS, strict=True):
-        rows = valid(batch[hook], batch).double()
-        assert float(distances(b_D.detach().double(), rows)) <= float(distances(least_distance(rows), rows)) * (
-            1 + 1e-6
-        )
-        assert float((b_D.detach() - rows.mean(0)).norm()) > 0.05  # which the mean is not
+        check_geometric_median(b_D.detach(), valid(batch[hook], batch))
     without = random_dictionary(clt_config(use_decoder_bias=False))
     with pytest.raises(ConfigError, match="use_decoder_bias is off"):
         without.init_decoder_bias_with_geometric_median(batch)

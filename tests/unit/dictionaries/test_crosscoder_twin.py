@@ -5,19 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from lm_saes import CrossCoder, Initializer, InitializerConfig
+from lm_saes import CrossCoder
 from lm_saes.errors import ConfigError
 
-from .site_twin import HOOKS, SITES, D, F, crosscoder_config, random_dictionary
-from .twin import THETA, assert_same, distances, least_distance, random_batch, valid
-
-
-def initialized(cfg: Any, batch: dict[str, Any] | None = None, **settings: Any) -> CrossCoder:
-    torch.manual_seed(0)
-    stream = None if batch is None else iter([batch])
-    sae = Initializer(InitializerConfig(**settings)).initialize_sae_from_config(cfg, stream)
-    assert isinstance(sae, CrossCoder)
-    return sae
+from .comparing import check_geometric_median
+from .site_twin import HOOKS, SITES, D, F, crosscoder_config, initialized, random_dictionary, skewed_batch
+from .twin import THETA, assert_same, random_batch, valid
 
 
 def test_heads_keep_one_value_and_select_by_their_own_norms() -> None:
@@ -113,22 +106,14 @@ def test_the_tie_has_a_factor() -> None:
 
 @pytest.fixture
 def batch() -> dict[str, Any]:
-    """Skewed activations with another centre in every hook point."""
-    found = random_batch(crosscoder_config(), (40, 3), masked=True)  # type: ignore[arg-type]
-    for i, hook in enumerate(HOOKS):
-        found[hook] = found[hook].abs() ** 1.5 + i
-    return found
+    return skewed_batch(crosscoder_config())
 
 
 def test_decoder_biases_are_geometric_medians(batch: dict[str, Any]) -> None:
     crosscoder = initialized(crosscoder_config(), batch, bias_init_method="geometric_median")
     assert crosscoder.b_D is not None
     for b_D, hook in zip(crosscoder.b_D, HOOKS, strict=True):
-        rows = valid(batch[hook], batch).double()
-        assert float(distances(b_D.detach().double(), rows)) <= float(distances(least_distance(rows), rows)) * (
-            1 + 1e-6
-        )
-        assert float((b_D.detach() - rows.mean(0)).norm()) > 0.05  # which the mean is not
+        check_geometric_median(b_D.detach(), valid(batch[hook], batch))
     without = random_dictionary(crosscoder_config(use_decoder_bias=False))
     with pytest.raises(ConfigError, match="use_decoder_bias is off"):
         without.init_decoder_bias_with_geometric_median(batch)

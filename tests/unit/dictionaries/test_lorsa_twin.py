@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from lm_saes.dictionaries.lorsa import LorsaConfig, LowRankSparseAttention
-from lm_saes.dictionaries.loss_result import LossResult
-from lm_saes.latents import dense_select
 from lm_saes.latents.codes import DenseCode, SparseCode
 
+from .comparing import EXACT, SPARSITY, dead_mask, losses, same_losses
 from .twin import (
     ACT_FNS,
     IN,
@@ -34,7 +33,6 @@ from .twin import (
     valid,
 )
 
-EXACT = {torch.float64: 1e-9, torch.float32: 1e-5}
 DEAD = [2, 3, 7, 11, 20]
 BASE: dict[str, Any] = {"d_model": 6, "expansion_factor": 4.0, "norm_activation": "inference", "n_ctx": 8,
                         "hook_point_in": IN, "hook_point_out": OUT, "n_qk_heads": 3, "d_qk_head": 6}  # fmt: skip
@@ -150,41 +148,9 @@ class LorsaTwin(Twin):
             found.append(torch.stack([patterns[i // group] @ v_SF[:, i] for i in range(self.cfg.d_sae)], 1))
         return torch.stack(found)
 
-    def losses(
-        self,
-        batch: Mapping[str, Any],
-        sparsity: tuple[str, float] | None = ("power", 1),
-        dead: list[int] | None = None,
-        k_aux: int = 512,
-    ) -> dict[str, Tensor]:
-        h_NF, y_ND = valid(self.hidden(batch[IN]), batch), valid(batch[OUT], batch)
-        f_NF = self.latents(h_NF)
-        y_hat_ND = self.decode(f_NF)
-        terms = {"l_rec": (y_hat_ND - y_ND).square().sum(1).mean()}
-        if sparsity is not None:
-            terms["l_s"] = self.sparsity(f_NF, sparsity[0], sparsity[1])
-        if self.cfg.act_fn == "jumprelu":
-            terms["l_p"] = self.pre_activation(h_NF)
-        if dead:
-            terms["l_aux"] = self.auxk(h_NF, y_ND, y_hat_ND, dead, k_aux)
-        return terms
-
-
-def losses(lorsa: LowRankSparseAttention, batch: dict[str, Any], **settings: Any) -> LossResult:
-    result = lorsa.compute_loss(batch, **settings)
-    assert isinstance(result, LossResult)
-    return result
-
-
-def dead_mask() -> Tensor:
-    return torch.zeros(24, dtype=torch.bool).index_fill_(0, torch.tensor(DEAD), True)
-
-
-@pytest.fixture(params=["sparse", "dense"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Forces the sparse or the dense path wherever the density would decide."""
-    monkeypatch.setattr(dense_select, "sparse_pays", lambda entries, places: request.param == "sparse")
-    return request.param
+    def valid_hidden(self, batch: Mapping[str, Any]) -> Tensor:
+        """Masked tokens are attended to, and dropped behind that."""
+        return valid(self.hidden(batch[IN]), batch)
 
 
 @pytest.mark.parametrize(("dtype", "masked"), [(torch.float64, False), (torch.float64, True), (torch.float32, True)])
@@ -204,7 +170,7 @@ def test_forward_losses_and_gradients(
         lp_coefficient=1.0 if act_fn == "jumprelu" else 0.0,
         auxk_coefficient=1.0,
         k_aux=3,
-        is_dead=dead_mask(),
+        is_dead=dead_mask(lorsa, DEAD),
     )
     assert isinstance(result.record.code, SparseCode if path == "sparse" else DenseCode)
     h = twin.hidden(batch[IN])
@@ -217,17 +183,11 @@ def test_forward_losses_and_gradients(
     assert int(result["n_tokens"]) == len(h_NF)
 
     want = twin.losses(batch, dead=DEAD, k_aux=3)
-    for name, term in want.items():
-        assert_same(result[name], term, tolerance, name)
-    total = sum(want.values(), start=torch.zeros((), dtype=dtype))
-    assert_same(result["loss"], total, tolerance, "loss")
+    total = same_losses(result, want, tolerance)
     found = gradients(lorsa, result["loss"])  # type: ignore[arg-type]
     assert_same_gradients(found, twin.gradients(total), tolerance)
     # A key's bias shifts all scores of a query alike, unless a norm or an embedding stands between.
     assert all(float(g.abs().sum()) > 0 for g in found.values())
-
-
-SPARSITY = [("power", 1), ("power", 2), ("power", 0.5), ("tanh", 1), ("tanh-quad", 1)]
 
 
 @pytest.mark.parametrize(("kind", "p"), SPARSITY)
@@ -264,7 +224,7 @@ def test_auxk_alone(act_fn: str, gated: bool, k_aux: int) -> None:
     cfg = lorsa_config(act_fn=act_fn, sparsity_include_decoder_norm=gated, dtype=torch.float64)
     lorsa, batch = random_lorsa(cfg), contexts(cfg, masked=True)
     twin = LorsaTwin(lorsa)
-    got = losses(lorsa, batch, auxk_coefficient=0.5, k_aux=k_aux, is_dead=dead_mask())["l_aux"]
+    got = losses(lorsa, batch, auxk_coefficient=0.5, k_aux=k_aux, is_dead=dead_mask(lorsa, DEAD))["l_aux"]
     want = 0.5 * twin.losses(batch, dead=DEAD, k_aux=k_aux)["l_aux"]
     assert_same(got, want, 1e-12)
     found = gradients(lorsa, got)  # type: ignore[arg-type]
@@ -272,7 +232,7 @@ def test_auxk_alone(act_fn: str, gated: bool, k_aux: int) -> None:
     for name in ("W_V", "b_V", "W_O"):
         touched = found[name].abs().reshape(24, -1).sum(1) > 0
         assert touched.any(), name  # the gradient reaches values and outputs
-        assert not touched[~dead_mask()].any(), name  # of dead heads only: the error is detached
+        assert not touched[~dead_mask(lorsa, DEAD)].any(), name  # of dead heads only: the error is detached
     assert float(found["W_Q"].abs().sum()) > 0
     assert float(found["b_D"].abs().sum()) == 0
 
@@ -293,8 +253,9 @@ def test_what_later_tokens_and_masked_labels_hold_changes_nothing(path: str, act
     found = []
     for given in (batch, other, other | {"mask": batch["mask"].long()}):  # a mask may hold 0 and 1
         lorsa = random_lorsa(cfg)
-        settings: dict[str, Any] = {"sparsity_loss_type": "tanh-quad", "auxk_coefficient": 0.1, "is_dead": dead_mask()}
-        result = losses(lorsa, given, lp_coefficient=0.1 if act_fn == "jumprelu" else 0.0, **settings)
+        settings = {"auxk_coefficient": 0.1, "lp_coefficient": 0.1 if act_fn == "jumprelu" else 0.0}
+        dead = dead_mask(lorsa, DEAD)
+        result = losses(lorsa, given, sparsity_loss_type="tanh-quad", is_dead=dead, **settings)
         grads = gradients(lorsa, result["loss"])  # type: ignore[arg-type]
         found.append((result["loss"], result.record.counts, grads, dict(lorsa.named_buffers())))
     for loss, counts, grads, buffers in found[1:]:

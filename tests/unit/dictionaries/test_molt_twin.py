@@ -1,40 +1,16 @@
 """The mixture of linear transforms against its unoptimised twin: forward, every loss term, every gradient."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
-from lm_saes.dictionaries.loss_result import LossResult
 from lm_saes.dictionaries.molt import MixtureOfLinearTransform
-from lm_saes.latents import linear, transforms
 from lm_saes.latents.codes import DenseCode, SparseCode
 
+from .comparing import EXACT, SPARSITY, dead_mask, garbled, losses, same_losses
 from .molt_twin import MoltTwin, molt_config, random_molt
 from .twin import ACT_FNS, IN, OUT, THETA, assert_same, assert_same_gradients, gradients, random_batch, valid
 
-# float64 shows what is wrong; float32 is what people use (the rounding of sums over some hundred terms).
-EXACT = {torch.float64: 1e-9, torch.float32: 1e-5}
 DEAD = [2, 3, 7, 9, 11, 17]  # of every rank
-
-
-@pytest.fixture(params=["sparse", "dense"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Forces the sparse or the dense path wherever the density would decide."""
-    for module in (linear, transforms):
-        monkeypatch.setattr(module, "sparse_pays", lambda entries, places: request.param == "sparse")
-    return request.param
-
-
-def is_dead(molt: MixtureOfLinearTransform) -> Tensor:
-    return torch.zeros(molt.cfg.d_sae, dtype=torch.bool).index_fill_(0, torch.tensor(DEAD), True)
-
-
-def losses(molt: MixtureOfLinearTransform, batch: dict[str, Any], **settings: Any) -> LossResult:
-    result = molt.compute_loss(batch, **settings)
-    assert isinstance(result, LossResult)
-    return result
 
 
 @pytest.mark.parametrize("dtype", EXACT)
@@ -71,7 +47,7 @@ def test_forward_losses_and_gradients(
         lp_coefficient=1.0 if act_fn == "jumprelu" else 0.0,
         auxk_coefficient=1.0,
         k_aux=3,
-        is_dead=is_dead(molt),
+        is_dead=dead_mask(molt, DEAD),
     )
     assert isinstance(result.record.code, SparseCode if path == "sparse" else DenseCode)
     x_ND = valid(batch[IN], batch)
@@ -83,14 +59,8 @@ def test_forward_losses_and_gradients(
     assert result["reconstructed"].shape == batch[cfg.hook_point_out].shape
 
     want = twin.losses(batch, dead=DEAD, k_aux=3)
-    for name, term in want.items():
-        assert_same(result[name], term, tolerance, name)
-    total = sum(want.values(), start=torch.zeros((), dtype=dtype))
-    assert_same(result["loss"], total, tolerance, "loss")
+    total = same_losses(result, want, tolerance)
     assert_same_gradients(gradients(molt, result["loss"]), twin.gradients(total), tolerance)
-
-
-SPARSITY = [("power", 1), ("power", 2), ("power", 0.5), ("tanh", 1), ("tanh-quad", 1)]
 
 
 @pytest.mark.parametrize(("kind", "p"), SPARSITY)
@@ -128,12 +98,12 @@ def test_auxk_alone(path: str, act_fn: str, gated: bool, k_aux: int) -> None:
     cfg = molt_config(act_fn=act_fn, sparsity_include_decoder_norm=gated, dtype=torch.float64)
     molt, batch = random_molt(cfg), random_batch(cfg, (3, 4), masked=True)
     twin = MoltTwin(molt)
-    got = losses(molt, batch, is_dead=is_dead(molt), auxk_coefficient=0.5, k_aux=k_aux)["l_aux"]
+    got = losses(molt, batch, is_dead=dead_mask(molt, DEAD), auxk_coefficient=0.5, k_aux=k_aux)["l_aux"]
     want = 0.5 * twin.losses(batch, dead=DEAD, k_aux=k_aux)["l_aux"]
     assert_same(got, want, 1e-9)
     found = gradients(molt, got)
     assert_same_gradients(found, twin.gradients(want), 1e-9)
-    alive = ~is_dead(molt)
+    alive = ~dead_mask(molt, DEAD)
     touched = {
         "W_E": found["W_E"].abs().sum(0) > 0,
         "U": torch.cat([found[f"U_matrices.{rank}"].abs().sum((1, 2)) > 0 for rank in cfg.ranks]),
@@ -149,16 +119,12 @@ def test_auxk_alone(path: str, act_fn: str, gated: bool, k_aux: int) -> None:
 def test_what_masked_tokens_hold_changes_nothing(path: str, act_fn: str) -> None:
     cfg = molt_config(act_fn=act_fn, norm_activation="batch-wise")
     batch = random_batch(cfg, (4, 5), masked=True)
-    other = dict(batch)
-    for hook in (IN, OUT):
-        other[hook] = torch.where(batch["mask"][..., None], batch[hook], 50 * batch[hook] + 7)
     found = []
-    for given in (batch, other):
+    for given in (batch, garbled(batch, (IN, OUT))):
         molt = random_molt(cfg)
         settings = {"auxk_coefficient": 0.1, "lp_coefficient": 0.1 if act_fn == "jumprelu" else 0.0}
-        result = losses(
-            molt, molt.normalize_activations(given), sparsity_loss_type="tanh-quad", is_dead=is_dead(molt), **settings
-        )
+        dead, given = dead_mask(molt, DEAD), molt.normalize_activations(given)
+        result = losses(molt, given, sparsity_loss_type="tanh-quad", is_dead=dead, **settings)
         found.append((result["loss"], result.record.counts, gradients(molt, result["loss"])))
     assert_same(found[1][0], found[0][0], 1e-6)  # products of a matrix differ in rounding with what is in it
     assert torch.equal(found[1][1], found[0][1])
@@ -171,7 +137,7 @@ def test_latents_of_a_decoder_that_is_zero_have_finite_gradients(path: str, gate
     with torch.no_grad():
         molt.W_E.normal_()
     batch = random_batch(molt.cfg)
-    result = losses(molt, batch, sparsity_loss_type="power", p=2, auxk_coefficient=1.0, is_dead=is_dead(molt))
+    result = losses(molt, batch, sparsity_loss_type="power", p=2, auxk_coefficient=1.0, is_dead=dead_mask(molt, DEAD))
     assert all(bool(g.isfinite().all()) for g in gradients(molt, result["loss"]).values())
 
 
@@ -182,7 +148,7 @@ def test_latents_of_a_decoder_that_is_zero_have_finite_gradients(path: str, gate
 def test_half_precision_parameters_give_losses_in_float32(path: str, act_fn: str) -> None:
     cfg = molt_config(act_fn=act_fn, dtype=torch.bfloat16)
     molt, batch = random_molt(cfg), random_batch(cfg, (1000,))
-    result = losses(molt, batch, sparsity_loss_type="power", auxk_coefficient=1.0, is_dead=is_dead(molt))
+    result = losses(molt, batch, sparsity_loss_type="power", auxk_coefficient=1.0, is_dead=dead_mask(molt, DEAD))
     assert {result[name].dtype for name in ("loss", "l_rec", "l_s", "l_aux")} == {torch.float32}
     whole = MixtureOfLinearTransform(cfg.model_copy(update={"dtype": torch.float32}))
     whole.load_full_state_dict(molt.full_state_dict())

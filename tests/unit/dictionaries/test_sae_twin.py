@@ -1,16 +1,12 @@
 """The sparse autoencoder against its unoptimised twin: forward, every loss term, every gradient."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from lm_saes.dictionaries.loss_result import LossResult
-from lm_saes.dictionaries.sae import SparseAutoEncoder
-from lm_saes.latents import linear
 from lm_saes.latents.codes import DenseCode, SparseCode
 
+from .comparing import EXACT, SPARSITY, dead_mask, garbled, losses, same_losses
 from .twin import (
     ACT_FNS,
     IN,
@@ -26,26 +22,7 @@ from .twin import (
     valid,
 )
 
-# float64 shows what is wrong; float32 is what people use (the rounding of sums over some hundred terms).
-EXACT = {torch.float64: 1e-9, torch.float32: 1e-5}
 DEAD = [2, 3, 7, 11, 20]
-
-
-@pytest.fixture(params=["sparse", "dense"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Forces the sparse or the dense path wherever the density would decide."""
-    monkeypatch.setattr(linear, "sparse_pays", lambda entries, places: request.param == "sparse")
-    return request.param
-
-
-def dead_mask(sae: SparseAutoEncoder, dead: list[int]) -> Tensor:
-    return torch.zeros(sae.cfg.d_sae, dtype=torch.bool).index_fill_(0, torch.tensor(dead, dtype=torch.int64), True)
-
-
-def losses(sae: SparseAutoEncoder, batch: dict[str, Any], **settings: Any) -> LossResult:
-    result = sae.compute_loss(batch, **settings)
-    assert isinstance(result, LossResult)
-    return result
 
 
 @pytest.mark.parametrize("dtype", EXACT)
@@ -95,14 +72,8 @@ def test_forward_losses_and_gradients(
     assert int(result["n_tokens"]) == len(h_NF)
 
     want = twin.losses(batch, dead=DEAD, k_aux=3)
-    for name, term in want.items():
-        assert_same(result[name], term, tolerance, name)
-    total = sum(want.values(), start=torch.zeros((), dtype=dtype))
-    assert_same(result["loss"], total, tolerance, "loss")
+    total = same_losses(result, want, tolerance)
     assert_same_gradients(gradients(sae, result["loss"]), twin.gradients(total), tolerance)
-
-
-SPARSITY = [("power", 1), ("power", 2), ("power", 0.5), ("tanh", 1), ("tanh-quad", 1)]
 
 
 @pytest.mark.parametrize(("kind", "p"), SPARSITY)
@@ -206,9 +177,7 @@ def test_auxk_is_zero_when_nothing_is_dead(is_dead: Tensor | None) -> None:
 def test_what_masked_tokens_hold_changes_nothing(path: str, act_fn: str, norm_activation: str) -> None:
     cfg = sae_config(True, act_fn=act_fn, norm_activation=norm_activation)
     batch = random_batch(cfg, (4, 5), masked=True)
-    other = dict(batch)
-    for hook in (IN, OUT):
-        other[hook] = torch.where(batch["mask"][..., None], batch[hook], 50 * batch[hook] + 7)
+    other = garbled(batch, (IN, OUT))
     found = []
     for given in (batch, other, other | {"mask": batch["mask"].long()}):  # a mask may hold 0 and 1
         sae = random_sae(cfg)

@@ -9,43 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
-from lm_saes.dictionaries.loss_result import LossResult
 from lm_saes.errors import CheckpointError, ConfigError, DataError
-from lm_saes.latents import linear
 
-from .site_twin import (
-    ACT_FNS,
-    CONFIGS,
-    random_dictionary,
-    twin_of,
-)
-from .twin import THETA, assert_same, random_batch
-
-every_kind = pytest.mark.parametrize("kind", CONFIGS)
-every_act_fn = pytest.mark.parametrize("act_fn", ACT_FNS)
-both_gatings = pytest.mark.parametrize("gated", [False, True])
-
-
-@pytest.fixture(params=["sparse", "dense"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Forces the sparse or the dense path wherever the density would decide."""
-    monkeypatch.setattr(linear, "sparse_pays", lambda entries, places: request.param == "sparse")
-    return request.param
-
-
-def made(kind: str, **settings: Any) -> Any:
-    return random_dictionary(CONFIGS[kind](**settings))
-
-
-def batch_for(dictionary: Any, shape: tuple[int, ...] = (9,), masked: bool = False, **options: Any) -> dict[str, Any]:
-    return random_batch(dictionary.cfg, shape, masked, **options)
-
-
-def losses(dictionary: Any, batch: dict[str, Any], **settings: Any) -> LossResult:
-    result = dictionary.compute_loss(batch, **settings)
-    assert isinstance(result, LossResult)
-    return result
-
+from .comparing import losses
+from .site_twin import CONFIGS, batch_for, both_gatings, every_act_fn, every_kind, made, twin_of
+from .twin import THETA, assert_same
 
 # -- folding, saving -----------------------------------------------------------------------------------------------
 

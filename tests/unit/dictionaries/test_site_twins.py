@@ -6,53 +6,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_saes.dictionaries.loss_result import LossResult
 from lm_saes.errors import ConfigError
 from lm_saes.latents import linear
 from lm_saes.latents.codes import DenseCode, SparseCode
 
+from .comparing import EXACT, SPARSITY, garbled, losses, same_losses
 from .site_twin import (
-    ACT_FNS,
     CONFIGS,
     SITES,
-    SPARSITY,
     THRESHOLD,
+    batch_for,
+    both_gatings,
     by_site,
-    compare_gradients,
     dead_latents,
+    every_act_fn,
+    every_kind,
     file_gradients,
+    made,
     random_dictionary,
     tokens_of,
     twin_of,
 )
-from .twin import THETA, assert_same, random_batch, valid
-
-# float64 shows what is wrong; float32 is what people use (the rounding of sums over some hundred terms).
-EXACT = {torch.float64: 1e-9, torch.float32: 1e-5}
-every_kind = pytest.mark.parametrize("kind", CONFIGS)
-every_act_fn = pytest.mark.parametrize("act_fn", ACT_FNS)
-both_gatings = pytest.mark.parametrize("gated", [False, True])
-
-
-@pytest.fixture(params=["sparse", "dense"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Forces the sparse or the dense path wherever the density would decide."""
-    monkeypatch.setattr(linear, "sparse_pays", lambda entries, places: request.param == "sparse")
-    return request.param
-
-
-def made(kind: str, **settings: Any) -> Any:
-    return random_dictionary(CONFIGS[kind](**settings))
-
-
-def batch_for(dictionary: Any, shape: tuple[int, ...] = (9,), masked: bool = False, **options: Any) -> dict[str, Any]:
-    return random_batch(dictionary.cfg, shape, masked, **options)
-
-
-def losses(dictionary: Any, batch: dict[str, Any], **settings: Any) -> LossResult:
-    result = dictionary.compute_loss(batch, **settings)
-    assert isinstance(result, LossResult)
-    return result
+from .twin import THETA, assert_same, assert_same_gradients, random_batch, valid
 
 
 @pytest.mark.parametrize("dtype", EXACT)
@@ -92,11 +67,8 @@ def test_forward_losses_and_gradients(
     assert 0 < int((f > 0).sum()) < f.numel()
 
     want = twin.losses(batch, dead_SF=by_site(dead, SITES), k_aux=3)
-    for name, term in want.items():
-        assert_same(result[name], term, tolerance, name)
-    total = sum(want.values(), start=torch.zeros((), dtype=dtype))
-    assert_same(result["loss"], total, tolerance, "loss")
-    compare_gradients(file_gradients(dictionary, result["loss"]), twin.gradients(total), tolerance)
+    total = same_losses(result, want, tolerance)
+    assert_same_gradients(file_gradients(dictionary, result["loss"]), twin.gradients(total), tolerance)
 
 
 @both_gatings
@@ -123,7 +95,7 @@ def test_each_sparsity_loss(path: str, kind: str, act_fn: str, gated: bool, loss
     want = 0.3 * twin.losses(batch, sparsity=(loss, p))["l_s"]
     assert_same(got, want, 1e-12, loss)
     found = file_gradients(dictionary, got)
-    compare_gradients(found, twin.gradients(want), 1e-9)
+    assert_same_gradients(found, twin.gradients(want), 1e-9)
     decoders = [g for name, g in found.items() if name.startswith("W_D")]
     assert all(float(g.abs().sum()) > 0 for g in decoders)  # gradients reach the norms
 
@@ -149,7 +121,7 @@ def test_pre_activation_loss(kind: str, gated: bool) -> None:
     got, want = losses(dictionary, batch, lp_coefficient=0.2)["l_p"], 0.2 * twin.losses(batch)["l_p"]
     assert_same(got, want, 1e-12)
     found = file_gradients(dictionary, got)
-    compare_gradients(found, twin.gradients(want), 1e-9)
+    assert_same_gradients(found, twin.gradients(want), 1e-9)
     assert all(float(g.abs().sum()) > 0 for name, g in found.items() if not name.startswith("b_D"))
 
 
@@ -176,7 +148,7 @@ def test_auxk_alone(kind: str, act_fn: str, gated: bool, k_aux: int) -> None:
     want = 0.5 * twin.losses(batch, dead_SF=by_site(dead, SITES), k_aux=k_aux)["l_aux"]
     assert_same(got, want, 1e-12)
     found = file_gradients(dictionary, got)
-    compare_gradients(found, twin.gradients(want), 1e-9)
+    assert_same_gradients(found, twin.gradients(want), 1e-9)
     b_E = found["b_E"].abs() > 0
     assert b_E.any() and not (b_E & ~by_site(dead, SITES)).any()  # of dead latents only: the error is detached
     assert float(found["W_E"].abs().sum()) > 0
@@ -325,9 +297,7 @@ def test_ungated_heads_tie_and_exactly_k_are_kept(act_fn: str, monkeypatch: pyte
 def test_what_masked_tokens_hold_changes_nothing(path: str, kind: str, act_fn: str, norm_activation: str) -> None:
     cfg = CONFIGS[kind](act_fn=act_fn, norm_activation=norm_activation)
     batch = random_batch(cfg, (4, 5), masked=True)
-    other = dict(batch)
-    for hook in cfg.associated_hook_points:
-        other[hook] = torch.where(batch["mask"][..., None], batch[hook], 50 * batch[hook] + 7)
+    other = garbled(batch, cfg.associated_hook_points)
     found = []
     for given in (batch, other, other | {"mask": batch["mask"].long()}):  # a mask may hold 0 and 1
         dictionary = random_dictionary(cfg)
@@ -344,7 +314,7 @@ def test_what_masked_tokens_hold_changes_nothing(path: str, kind: str, act_fn: s
     for loss, counts, grads, buffers in found[1:]:
         assert_same(loss, found[0][0], 1e-6)
         assert torch.equal(counts, found[0][1])
-        compare_gradients(grads, found[0][2], 1e-5)  # products of a matrix differ in rounding with what is in it
+        assert_same_gradients(grads, found[0][2], 1e-5)  # products of a matrix differ in rounding with what is in it
         assert all(torch.equal(b, found[0][3][name]) for name, b in buffers.items() if b is not None)
 
 
@@ -390,6 +360,5 @@ def test_one_site_alone(path: str, kind: str, gated: bool, act_fn: str) -> None:
     counts = dictionary.latent_counts(result.record)
     assert counts.shape == dictionary.dead_shape
     assert counts.flatten().tolist() == (f > 0).sum((0, 1)).tolist()
-    total = sum(want.values(), start=torch.zeros((), dtype=torch.float64))
-    assert_same(result["loss"], total, 1e-9)
-    compare_gradients(file_gradients(dictionary, result["loss"]), twin.gradients(total), 1e-9)
+    total = same_losses(result, want, 1e-9)
+    assert_same_gradients(file_gradients(dictionary, result["loss"]), twin.gradients(total), 1e-9)

@@ -74,6 +74,10 @@ class Twin:
         h = x_ND @ self.p["W_E"] + self.p["b_E"]
         return h * torch.sigmoid(x_ND @ self.p["W_E_glu"] + self.p["b_E_glu"]) if self.cfg.use_glu_encoder else h
 
+    def valid_hidden(self, batch: Mapping[str, Any]) -> Tensor:
+        """Pre-activations of the valid tokens."""
+        return self.hidden(valid(batch[self.cfg.hook_point_in], batch))
+
     def latents(self, h_NF: Tensor) -> Tensor:
         scale_F = self.norm_F.detach() if self.cfg.sparsity_include_decoder_norm else torch.ones_like(self.norm_F)
         s_NF = (h_NF * scale_F).detach()
@@ -135,8 +139,7 @@ class Twin:
         k_aux: int = 512,
     ) -> dict[str, Tensor]:
         """Every term with coefficient 1, over the valid tokens of a normalised batch."""
-        x_ND, y_ND = (valid(batch[hook], batch) for hook in (self.cfg.hook_point_in, self.cfg.hook_point_out))
-        h_NF = self.hidden(x_ND)
+        h_NF, y_ND = self.valid_hidden(batch), valid(batch[self.cfg.hook_point_out], batch)
         f_NF = self.latents(h_NF)
         y_hat_ND = self.decode(f_NF)
         terms = {"l_rec": (y_hat_ND - y_ND).square().sum(1).mean()}
@@ -149,16 +152,18 @@ class Twin:
         return terms
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
-        """The gradient of every parameter; 0 for those that the loss does not reach."""
-        found = torch.autograd.grad(loss, list(self.p.values()), allow_unused=True)
-        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(self.p.items(), found, strict=True)}
+        return gradients_of(self.p, loss)
+
+
+def gradients_of(named: Mapping[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
+    """The gradient of every parameter; 0 for those that the loss does not reach."""
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
 
 
 def gradients(sae: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """The same of a dictionary."""
-    found = torch.autograd.grad(loss, list(sae.parameters()), allow_unused=True)
-    named = zip(sae.named_parameters(), found, strict=True)
-    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in named}
+    return gradients_of(dict(sae.named_parameters()), loss)
 
 
 def assert_same(got: Tensor, want: Tensor, tolerance: float, what: str = "") -> None:
