@@ -11,7 +11,8 @@ from torch import Tensor
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.loss_result import LossResult
 
-from .twin import assert_same, distances, least_distance
+from .molt_twin import MoltTwin
+from .twin import Twin, assert_same, assert_same_gradients, distances, gradients, least_distance
 
 # float64 shows what is wrong; float32 is what people use (the rounding of sums over some hundred terms).
 EXACT = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -22,6 +23,12 @@ def losses(dictionary: AbstractSparseAutoEncoder, batch: Mapping[str, Any], **se
     result = dictionary.compute_loss(batch, **settings)
     assert isinstance(result, LossResult)
     return result
+
+
+def every_term(act_fn: str) -> dict[str, Any]:
+    """Settings of `compute_loss` in which each term that there is has the coefficient 1."""
+    lp_coefficient = 1.0 if act_fn == "jumprelu" else 0.0
+    return {"sparsity_loss_type": "power", "lp_coefficient": lp_coefficient, "auxk_coefficient": 1.0, "k_aux": 3}
 
 
 def dead_mask(dictionary: AbstractSparseAutoEncoder, dead: list[int]) -> Tensor:
@@ -36,6 +43,16 @@ def same_losses(result: LossResult, want: Mapping[str, Tensor], tolerance: float
     total = torch.stack(list(want.values())).sum()
     assert_same(result["loss"], total, tolerance, "loss")
     return total
+
+
+def same_term(
+    dictionary: AbstractSparseAutoEncoder, twin: Twin | MoltTwin, got: Tensor, want: Tensor, tolerance: float
+) -> dict[str, Tensor]:
+    """Assert that a term is the twin's, and so are its gradients, which are returned."""
+    assert_same(got, want, tolerance)
+    found = gradients(dictionary, got)
+    assert_same_gradients(found, twin.gradients(want), 1e-9)
+    return found
 
 
 def garbled(batch: Mapping[str, Any], hooks: Iterable[str]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.clt import CLTConfig, CrossLayerTranscoder
 from lm_saes.dictionaries.crosscoder import CrossCoder, CrossCoderConfig
 
-from .twin import THETA, gradients, gradients_of, random_batch
+from .twin import THETA, gradients, gradients_of, random_batch, randomized
 
 SITES, D, F = 3, 6, 24
 ACT_FNS = ("relu", "jumprelu", "topk", "batchtopk", "layertopk", "batchlayertopk")
@@ -53,14 +53,7 @@ both_gatings = pytest.mark.parametrize("gated", [False, True])
 
 
 def random_dictionary(cfg: CLTConfig | CrossCoderConfig, seed: int = 0) -> Any:
-    """Every parameter drawn at random: no bias, norm or threshold is 0 or 1."""
-    draw = torch.Generator().manual_seed(seed)
-    dictionary = AbstractSparseAutoEncoder.from_config(cfg)
-    with torch.no_grad():
-        for name, parameter in dictionary.named_parameters():
-            value = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
-            parameter.copy_(0.4 * value - 1 if name == THETA else 0.5 * value)
-    return dictionary
+    return randomized(AbstractSparseAutoEncoder.from_config(cfg), seed)
 
 
 def made(kind: str, **settings: Any) -> Any:

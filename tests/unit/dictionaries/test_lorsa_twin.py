@@ -20,7 +20,7 @@ from torch import Tensor
 from lm_saes.dictionaries.lorsa import LorsaConfig, LowRankSparseAttention
 from lm_saes.latents.codes import DenseCode, SparseCode
 
-from .comparing import EXACT, SPARSITY, dead_mask, losses, same_losses
+from .comparing import EXACT, SPARSITY, dead_mask, every_term, losses, same_losses, same_term
 from .twin import (
     ACT_FNS,
     IN,
@@ -30,6 +30,7 @@ from .twin import (
     assert_same,
     assert_same_gradients,
     gradients,
+    randomized,
     valid,
 )
 
@@ -55,14 +56,7 @@ def lorsa_config(variant: str = "adjacent", **settings: Any) -> LorsaConfig:
 
 
 def random_lorsa(cfg: LorsaConfig, seed: int = 0) -> LowRankSparseAttention:
-    """A Lorsa with every parameter drawn at random: no bias, norm or threshold is 0 or 1."""
-    draw = torch.Generator().manual_seed(seed)
-    lorsa = LowRankSparseAttention(cfg)
-    with torch.no_grad():
-        for name, parameter in lorsa.named_parameters():
-            value = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
-            parameter.copy_(0.5 * value if name != THETA else 0.4 * value - 2)
-    return lorsa
+    return randomized(LowRankSparseAttention(cfg), seed, log_threshold=-2.0)
 
 
 def contexts(cfg: LorsaConfig, masked: bool = False, seed: int = 1, scale: float = 1.0) -> dict[str, Any]:
@@ -163,15 +157,7 @@ def test_forward_losses_and_gradients(
     cfg = lorsa_config(variant, act_fn=act_fn, sparsity_include_decoder_norm=gated, dtype=dtype)
     lorsa, batch, tolerance = random_lorsa(cfg), contexts(cfg, masked), EXACT[dtype]
     twin = LorsaTwin(lorsa)
-    result = losses(
-        lorsa,
-        batch,
-        sparsity_loss_type="power",
-        lp_coefficient=1.0 if act_fn == "jumprelu" else 0.0,
-        auxk_coefficient=1.0,
-        k_aux=3,
-        is_dead=dead_mask(lorsa, DEAD),
-    )
+    result = losses(lorsa, batch, **every_term(act_fn), is_dead=dead_mask(lorsa, DEAD))
     assert isinstance(result.record.code, SparseCode if path == "sparse" else DenseCode)
     h = twin.hidden(batch[IN])
     h_NF = valid(h, batch)
@@ -199,9 +185,7 @@ def test_each_sparsity_loss(path: str, act_fn: str, gated: bool, kind: str, p: f
     twin = LorsaTwin(lorsa)
     got = losses(lorsa, batch, sparsity_loss_type=kind, p=p, l1_coefficient=0.3)["l_s"]
     want = 0.3 * twin.losses(batch, sparsity=(kind, p))["l_s"]
-    assert_same(got, want, 1e-12, kind)
-    found = gradients(lorsa, got)  # type: ignore[arg-type]
-    assert_same_gradients(found, twin.gradients(want), 1e-9)
+    found = same_term(lorsa, twin, got, want, 1e-12)
     assert float(found["W_O"].abs().sum()) > 0  # gradients reach the norms
 
 
@@ -211,9 +195,7 @@ def test_pre_activation_loss(gated: bool) -> None:
     lorsa, batch = random_lorsa(cfg), contexts(cfg, masked=True)
     twin = LorsaTwin(lorsa)
     got, want = losses(lorsa, batch, lp_coefficient=0.2)["l_p"], 0.2 * twin.losses(batch)["l_p"]
-    assert_same(got, want, 1e-12)
-    found = gradients(lorsa, got)  # type: ignore[arg-type]
-    assert_same_gradients(found, twin.gradients(want), 1e-9)
+    found = same_term(lorsa, twin, got, want, 1e-12)
     assert all(float(found[name].abs().sum()) > 0 for name in ("W_Q", "W_V", "W_O", THETA))
 
 
@@ -226,9 +208,7 @@ def test_auxk_alone(act_fn: str, gated: bool, k_aux: int) -> None:
     twin = LorsaTwin(lorsa)
     got = losses(lorsa, batch, auxk_coefficient=0.5, k_aux=k_aux, is_dead=dead_mask(lorsa, DEAD))["l_aux"]
     want = 0.5 * twin.losses(batch, dead=DEAD, k_aux=k_aux)["l_aux"]
-    assert_same(got, want, 1e-12)
-    found = gradients(lorsa, got)  # type: ignore[arg-type]
-    assert_same_gradients(found, twin.gradients(want), 1e-9)
+    found = same_term(lorsa, twin, got, want, 1e-12)
     for name in ("W_V", "b_V", "W_O"):
         touched = found[name].abs().reshape(24, -1).sum(1) > 0
         assert touched.any(), name  # the gradient reaches values and outputs

@@ -6,7 +6,7 @@ import torch
 from lm_saes.dictionaries.molt import MixtureOfLinearTransform
 from lm_saes.latents.codes import DenseCode, SparseCode
 
-from .comparing import EXACT, SPARSITY, dead_mask, garbled, losses, same_losses
+from .comparing import EXACT, SPARSITY, dead_mask, every_term, garbled, losses, same_losses, same_term
 from .molt_twin import MoltTwin, molt_config, random_molt
 from .twin import ACT_FNS, IN, OUT, THETA, assert_same, assert_same_gradients, gradients, random_batch, valid
 
@@ -40,15 +40,7 @@ def test_forward_losses_and_gradients(
     twin = MoltTwin(molt)
     assert_same(molt.decoder_norm(), twin.norm_F, tolerance)
 
-    result = losses(
-        molt,
-        batch,
-        sparsity_loss_type="power",
-        lp_coefficient=1.0 if act_fn == "jumprelu" else 0.0,
-        auxk_coefficient=1.0,
-        k_aux=3,
-        is_dead=dead_mask(molt, DEAD),
-    )
+    result = losses(molt, batch, **every_term(act_fn), is_dead=dead_mask(molt, DEAD))
     assert isinstance(result.record.code, SparseCode if path == "sparse" else DenseCode)
     x_ND = valid(batch[IN], batch)
     h_NF = twin.hidden(x_ND)
@@ -72,9 +64,7 @@ def test_each_sparsity_loss(path: str, act_fn: str, gated: bool, kind: str, p: f
     twin = MoltTwin(molt)
     got = losses(molt, batch, sparsity_loss_type=kind, p=p, l1_coefficient=0.3)["l_s"]
     want = 0.3 * twin.losses(batch, sparsity=(kind, p))["l_s"]
-    assert_same(got, want, 1e-9, kind)
-    found = gradients(molt, got)
-    assert_same_gradients(found, twin.gradients(want), 1e-9)
+    found = same_term(molt, twin, got, want, 1e-9)
     for side in "UV":  # gradients reach the norms
         assert any(bool(found[f"{side}_matrices.{rank}"].any()) for rank in cfg.ranks)
 
@@ -85,9 +75,7 @@ def test_pre_activation_loss(gated: bool) -> None:
     molt, batch = random_molt(cfg), random_batch(cfg, (3, 5), masked=True)
     twin = MoltTwin(molt)
     got, want = losses(molt, batch, lp_coefficient=0.2)["l_p"], 0.2 * twin.losses(batch)["l_p"]
-    assert_same(got, want, 1e-9)
-    found = gradients(molt, got)
-    assert_same_gradients(found, twin.gradients(want), 1e-9)
+    found = same_term(molt, twin, got, want, 1e-9)
     assert all(found[name].any() for name in ("W_E", "b_E", "U_matrices.1", "V_matrices.9", THETA))
 
 
@@ -100,9 +88,7 @@ def test_auxk_alone(path: str, act_fn: str, gated: bool, k_aux: int) -> None:
     twin = MoltTwin(molt)
     got = losses(molt, batch, is_dead=dead_mask(molt, DEAD), auxk_coefficient=0.5, k_aux=k_aux)["l_aux"]
     want = 0.5 * twin.losses(batch, dead=DEAD, k_aux=k_aux)["l_aux"]
-    assert_same(got, want, 1e-9)
-    found = gradients(molt, got)
-    assert_same_gradients(found, twin.gradients(want), 1e-9)
+    found = same_term(molt, twin, got, want, 1e-9)
     alive = ~dead_mask(molt, DEAD)
     touched = {
         "W_E": found["W_E"].abs().sum(0) > 0,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lm_saes.latents.codes import DenseCode, SparseCode
 
-from .comparing import EXACT, SPARSITY, dead_mask, garbled, losses, same_losses
+from .comparing import EXACT, SPARSITY, dead_mask, every_term, garbled, losses, same_losses, same_term
 from .twin import (
     ACT_FNS,
     IN,
@@ -54,15 +54,7 @@ def test_forward_losses_and_gradients(
     sae, batch, tolerance = random_sae(cfg), random_batch(cfg, shape, masked), EXACT[dtype]
     twin = Twin(sae)
 
-    result = losses(
-        sae,
-        batch,
-        sparsity_loss_type="power",
-        lp_coefficient=1.0 if act_fn == "jumprelu" else 0.0,
-        auxk_coefficient=1.0,
-        k_aux=3,
-        is_dead=dead_mask(sae, DEAD),
-    )
+    result = losses(sae, batch, **every_term(act_fn), is_dead=dead_mask(sae, DEAD))
     assert isinstance(result.record.code, SparseCode if path == "sparse" else DenseCode)
     h_NF = twin.hidden(valid(batch[IN], batch))
     assert_same(valid(result["hidden_pre"], batch), h_NF, tolerance, "hidden_pre")
@@ -85,9 +77,7 @@ def test_each_sparsity_loss(path: str, act_fn: str, gated: bool, kind: str, p: f
     twin = Twin(sae)
     got = losses(sae, batch, sparsity_loss_type=kind, p=p, l1_coefficient=0.3)["l_s"]
     want = 0.3 * twin.losses(batch, sparsity=(kind, p))["l_s"]
-    assert_same(got, want, 1e-12, kind)
-    found = gradients(sae, got)
-    assert_same_gradients(found, twin.gradients(want), 1e-9)
+    found = same_term(sae, twin, got, want, 1e-12)
     assert found["W_D"].abs().sum() > 0  # gradients reach the norms
 
 
@@ -119,9 +109,7 @@ def test_pre_activation_loss(gated: bool) -> None:
     sae, batch = random_sae(cfg), random_batch(cfg, (3, 5), masked=True)
     twin = Twin(sae)
     got, want = losses(sae, batch, lp_coefficient=0.2)["l_p"], 0.2 * twin.losses(batch)["l_p"]
-    assert_same(got, want, 1e-12)
-    found = gradients(sae, got)
-    assert_same_gradients(found, twin.gradients(want), 1e-9)
+    found = same_term(sae, twin, got, want, 1e-12)
     assert all(float(found[name].abs().sum()) > 0 for name in ("W_E", "b_E", "W_D", THETA))
 
 
@@ -138,9 +126,7 @@ def test_auxk_alone(act_fn: str, gated: bool, k_aux: int) -> None:
     settings = {"auxk_coefficient": 0.5, "k_aux": k_aux}
     got = losses(sae, batch, is_dead=dead_mask(sae, DEAD), **settings)["l_aux"]
     want = 0.5 * twin.losses(batch, dead=DEAD, k_aux=k_aux)["l_aux"]
-    assert_same(got, want, 1e-12)
-    found = gradients(sae, got)
-    assert_same_gradients(found, twin.gradients(want), 1e-9)
+    found = same_term(sae, twin, got, want, 1e-12)
     alive = ~dead_mask(sae, DEAD)
     for name, dim in {"W_E": 1, "b_E": 0, "W_D": 0}.items():
         touched = found[name].movedim(dim, 0).abs().reshape(cfg.d_sae, -1).sum(1) > 0

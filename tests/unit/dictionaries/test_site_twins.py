@@ -10,7 +10,7 @@ from lm_saes.errors import ConfigError
 from lm_saes.latents import linear
 from lm_saes.latents.codes import DenseCode, SparseCode
 
-from .comparing import EXACT, SPARSITY, garbled, losses, same_losses
+from .comparing import EXACT, SPARSITY, every_term, garbled, losses, same_losses
 from .site_twin import (
     CONFIGS,
     SITES,
@@ -51,10 +51,7 @@ def test_forward_losses_and_gradients(
     batch, tolerance = batch_for(dictionary, shape, masked), EXACT[dtype]
     twin, dead = twin_of(dictionary), dead_latents(dictionary)
 
-    lp = 1.0 if act_fn == "jumprelu" else 0.0
-    result = losses(
-        dictionary, batch, sparsity_loss_type="power", lp_coefficient=lp, auxk_coefficient=1.0, k_aux=3, is_dead=dead
-    )
+    result = losses(dictionary, batch, **every_term(act_fn), is_dead=dead)
     assert isinstance(result.record.code, SparseCode if path == "sparse" else DenseCode)
     _, h, f, y_hat = twin.forward(batch)
     hidden = h if kind == "clt" else h[:, 0]  # a crosscoder's heads share one

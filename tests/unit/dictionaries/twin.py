@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from lm_saes.dictionaries.sae import SAEConfig, SparseAutoEncoder
 
 IN, OUT = "blocks.1.hook_in", "blocks.1.hook_out"
 ACT_FNS = ("relu", "topk", "batchtopk", "jumprelu")
+Kind = TypeVar("Kind", bound=torch.nn.Module)
 THETA = "activation_function.log_jumprelu_threshold"
 
 
@@ -31,14 +32,17 @@ def sae_config(transcoder: bool = False, **settings: Any) -> SAEConfig:
 
 
 def random_sae(cfg: SAEConfig, seed: int = 0) -> SparseAutoEncoder:
-    """A dictionary with every parameter drawn at random: no bias, norm or threshold is 0 or 1."""
+    return randomized(SparseAutoEncoder(cfg), seed)
+
+
+@torch.no_grad()
+def randomized(dictionary: Kind, seed: int, log_threshold: float = -1.0) -> Kind:
+    """Draws every parameter at random: no bias, norm or threshold is 0 or 1."""
     draw = torch.Generator().manual_seed(seed)
-    sae = SparseAutoEncoder(cfg)
-    with torch.no_grad():
-        for name, parameter in sae.named_parameters():
-            value = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
-            parameter.copy_(0.5 * value if name != THETA else 0.4 * value - 1)
-    return sae
+    for name, parameter in dictionary.named_parameters():
+        value = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+        parameter.copy_(0.5 * value if name != THETA else 0.4 * value + log_threshold)
+    return dictionary
 
 
 def random_batch(
