@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from lm_saes import cli
 from lm_saes.demo import MODEL, TEXT, fetch
 
 ROOT = Path(__file__).parents[1]
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +21,28 @@ def demo() -> None:
     """The quick start's model and text where the examples look for them; fetched if they are not there yet."""
     for part in (MODEL, TEXT):
         fetch(part, ROOT / ".cache" / "demo")
+
+
+@pytest.fixture
+def logging_as_before() -> Iterator[None]:
+    """The command sets up handlers and levels, which other tests are not to see."""
+    handlers, level = list(logging.getLogger().handlers), logging.getLogger("lm_saes").level
+    yield
+    logging.getLogger().handlers[:] = handlers
+    logging.getLogger("lm_saes").setLevel(level)
+
+
+@pytest.fixture
+def lm_saes_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], logging_as_before: None
+) -> Run:
+    """Runs `lm-saes ARGUMENTS...` in this process; gives its exit code, stdout and stderr."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lm-saes", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run

@@ -4,7 +4,6 @@ no traceback; nothing written."""
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -17,8 +16,7 @@ from typing import Any
 
 import pytest
 
-from lm_saes import cli
-
+from ..conftest import Run
 from ..tiny_run import HOOK
 from .bad_inputs import (
     Place,
@@ -116,34 +114,9 @@ def place(original: Place, tmp_path: Path) -> Place:
 
 
 @pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    handlers, level = list(logging.getLogger().handlers), logging.getLogger("lm_saes").level
-    yield
-    logging.getLogger().handlers[:] = handlers
-    logging.getLogger("lm_saes").setLevel(level)
-
-
-@pytest.fixture(autouse=True)
 def no_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers shows one while it loads weights, which is no part of a mistake."""
     monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)
-
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def lm_saes_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `lm-saes ARGUMENTS...` in this process; gives its exit code, stdout and stderr."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lm-saes", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
 
 
 def check_line(result: tuple[int, str, str], says: str) -> None:

@@ -7,7 +7,6 @@ import io
 import json
 import pickle
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lm_saes import AbstractSparseAutoEncoder, SparseAutoEncoder, Trainer, TrainerConfig, cli
+from lm_saes import AbstractSparseAutoEncoder, SparseAutoEncoder, Trainer, TrainerConfig
 from lm_saes.config import build, read_document
 from lm_saes.data.cache import ActivationCache, CachedSource
 from lm_saes.data.language_model import LanguageModelConfig, load_language_model
@@ -29,6 +28,7 @@ from lm_saes.manifest import write_manifest
 from lm_saes.report.report import write_report
 from lm_saes.runners import evaluate_from_config, train_from_config
 
+from ..conftest import Run
 from ..tiny_run import HOOK
 from .bad_inputs import Place, copy_place, edit_json, make_whole_place
 from .bombs import (
@@ -366,21 +366,14 @@ def test_tokenizers_with_code_of_their_own(place: Place, marker: Path) -> None:
 # --- configs, reports, commands --------------------------------------------------------------------------------------
 
 
-def command(*arguments: Path | str, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", ["lm-saes", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
-
-
 @pytest.mark.parametrize("ending", ["toml", "yaml", "yml", "json", "pkl", "pt", "py"])
-def test_configs(tmp_path: Path, marker: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configs(tmp_path: Path, marker: Path, ending: str, lm_saes_command: Run) -> None:
     path = tmp_path / f"run.{ending}"
     for bomb in (*BINARY, in_yaml, lambda marker: in_module(marker).encode()):
         path.write_bytes(bomb(marker))
         refused(lambda: read_document(path))
         for name in ("train", "generate", "evaluate"):
-            assert command(name, path, monkeypatch=monkeypatch) == 2
+            assert lm_saes_command(name, path)[0] == 2
 
 
 def test_yaml_makes_no_objects(tmp_path: Path, marker: Path) -> None:
@@ -397,13 +390,13 @@ def test_yaml_makes_no_objects(tmp_path: Path, marker: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["settings.json", "metrics.jsonl", "evaluation.json", "latents.json", "provenance.json", "config.json"]
 )
-def test_reports_and_evaluations(place: Place, marker: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_and_evaluations(place: Place, marker: Path, name: str, lm_saes_command: Run) -> None:
     for bomb in BINARY:
         (place.trained / name).write_bytes(bomb(marker))
         refused(lambda: write_report(place.trained))
         refused(lambda: evaluate_from_config({"sae": str(place.trained)}))
         if name in ("config.json", "provenance.json"):
-            assert command("verify", place.trained, monkeypatch=monkeypatch) == 2
+            assert lm_saes_command("verify", place.trained)[0] == 2
 
 
 def test_a_report_shows_what_a_stranger_wrote_as_text(place: Place) -> None:

@@ -6,7 +6,6 @@ import logging
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +17,9 @@ from lm_saes import cli
 from lm_saes.config import BaseConfig, build
 from lm_saes.errors import ConfigError, LMSaesError
 
+from ..conftest import Run
 
-@pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    handlers, level = list(logging.getLogger().handlers), logging.getLogger("lm_saes").level
-    yield
-    logging.getLogger().handlers[:] = handlers
-    logging.getLogger("lm_saes").setLevel(level)
-
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def lm_saes_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `lm-saes ARGUMENTS...` in this process; gives its exit code, stdout and stderr."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lm-saes", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
+pytestmark = pytest.mark.usefixtures("logging_as_before")
 
 
 class Part(BaseConfig):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lm_saes import ActivationFactory, TrainSAESettings, cli, manifest, train_sae
+from lm_saes import ActivationFactory, TrainSAESettings, manifest, train_sae
 from lm_saes.config import build
 from lm_saes.data.factory_config import ActivationFactoryConfig
 from lm_saes.data.language_model import LanguageModelConfig, load_language_model
@@ -20,6 +19,7 @@ from lm_saes.data.text import DatasetConfig, load_dataset
 from lm_saes.errors import CheckpointError, ConfigError
 from lm_saes.training.checkpoint import saved_steps
 
+from ..conftest import Run
 from ..tiny_run import HOOK, make_place, reading, training
 
 
@@ -209,25 +209,13 @@ def test_going_on_runs_the_model_over_one_model_batch_at_most(
 # --- lm-saes verify --------------------------------------------------------------------------------------------------
 
 
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: Any
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["lm-saes", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
-
-
-def test_verify(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify(finished: Path, tmp_path: Path, lm_saes_command: Run) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     told = f"{run}: 27 files in 4 directories are as they were saved\n"
-    assert command(monkeypatch, capsys, "verify", run) == (0, told, "")
+    assert lm_saes_command("verify", run) == (0, told, "")
     (run / "checkpoints" / "step_4" / "stream.json").write_text("{}")
     (run / "config.json").unlink()
-    code, out, err = command(monkeypatch, capsys, "verify", run)
+    code, out, err = lm_saes_command("verify", run)
     size = (finished / "checkpoints" / "step_4" / "stream.json").stat().st_size
     assert (code, err) == (2, "")
     assert out.splitlines() == [
@@ -235,8 +223,8 @@ def test_verify(
         f"{run}/checkpoints/step_4/stream.json: has 2 bytes, not {size}",
     ]
     step = run / "checkpoints" / "step_8"
-    assert command(monkeypatch, capsys, "verify", step)[:2] == (
+    assert lm_saes_command("verify", step)[:2] == (
         0, f"{step}: 8 files in 1 directory are as they were saved\n",
     )  # fmt: skip
-    code, out, err = command(monkeypatch, capsys, "verify", tmp_path / "absent")
+    code, out, err = lm_saes_command("verify", tmp_path / "absent")
     assert code == 2 and out == "" and err.startswith(f"lm-saes: error: {tmp_path}/absent: has neither manifest.json")
