@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,19 +18,9 @@ from lm_saes.dictionaries.sae import SAEConfig, SparseAutoEncoder
 from lm_saes.errors import ConfigError
 from lm_saes.initializer import Initializer, InitializerConfig
 
+from .random_model import save
+
 NORMALIZED, MID, OUT = "blocks.1.ln2.hook_normalized", "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"
-
-
-def save(directory: Path, config: Any) -> None:
-    """A model whose every parameter is random, norm weights and biases included."""
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.ndim == 1) * 0.5)
-    model.save_pretrained(directory)
-    words = Tokenizer(models.WordLevel({"<s>": 0, "a": 1}, unk_token="a"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>").save_pretrained(directory)
 
 
 @pytest.fixture(scope="module")

@@ -5,56 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 from lm_saes.data.hook_points import LAYOUTS, HookPoints
 from lm_saes.errors import ConfigError
 
-N_LAYERS = 3
-TOKENS = torch.randint(0, 100, (2, 7), generator=torch.Generator().manual_seed(0))
-_COMMON: dict[str, Any] = dict(
-    vocab_size=100,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=N_LAYERS,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-    bos_token_id=0,
-    eos_token_id=1,
-    pad_token_id=2,
-)
-_GROUPED: dict[str, Any] = dict(num_key_value_heads=2, head_dim=12)
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaConfig(**_COMMON, **_GROUPED),
-    "mistral": lambda: transformers.MistralConfig(**_COMMON, **_GROUPED, sliding_window=4),
-    "qwen2": lambda: transformers.Qwen2Config(**_COMMON, num_key_value_heads=2),
-    "qwen3": lambda: transformers.Qwen3Config(**_COMMON, **_GROUPED),
-    "gemma2": lambda: transformers.Gemma2Config(**_COMMON, **_GROUPED, query_pre_attn_scalar=12, sliding_window=4),
-    "gemma3_text": lambda: transformers.Gemma3TextConfig(
-        **_COMMON,
-        **_GROUPED,
-        query_pre_attn_scalar=12,
-        sliding_window=4,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-    ),
-    "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=100, n_embd=32, n_layer=N_LAYERS, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1
-    ),
-    "gpt_neox": lambda: transformers.GPTNeoXConfig(**_COMMON, use_parallel_residual=True),
-    "gpt_neox sequential": lambda: transformers.GPTNeoXConfig(**_COMMON, use_parallel_residual=False),
-}
-PARALLEL = "gpt_neox"
+from ..random_model import CONFIGS, N_LAYERS, PARALLEL, TOKENS, random_model
 
 
 def build(kind: str) -> Any:
-    """A model whose every parameter is random, so that norm weights and biases cannot be forgotten unseen."""
-    config = CONFIGS[kind]()
-    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.ndim == 1) * 0.5)
-    return model
+    return random_model(CONFIGS[kind]()).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))

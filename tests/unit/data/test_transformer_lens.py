@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from lm_saes.data.huggingface import HuggingFaceLanguageModel
@@ -17,44 +16,11 @@ from lm_saes.data.model_weights import attention_weights
 from lm_saes.data.transformer_lens import TransformerLensLanguageModel
 from lm_saes.errors import ConfigError, DataError
 
-TOKENS = torch.randint(0, 100, (2, 7), generator=torch.Generator().manual_seed(0))
+from ..random_model import CONFIGS, PARALLEL, TOKENS, save
+
 MASK = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
-_COMMON: dict[str, Any] = dict(
-    vocab_size=100,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-    bos_token_id=0,
-    eos_token_id=1,
-    pad_token_id=2,
-)
-_GROUPED: dict[str, Any] = dict(num_key_value_heads=2, head_dim=12)
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaConfig(**_COMMON, **_GROUPED),
-    "gemma2": lambda: transformers.Gemma2Config(**_COMMON, **_GROUPED, query_pre_attn_scalar=12, sliding_window=4),
-    "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=100, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1
-    ),
-    "gpt_neox": lambda: transformers.GPTNeoXConfig(**_COMMON, use_parallel_residual=True),
-    "gpt_neox sequential": lambda: transformers.GPTNeoXConfig(**_COMMON, use_parallel_residual=False),
-}
-PARALLEL = "gpt_neox"
+BOTH_READ = ["llama", "gemma2", "gpt2", "gpt_neox", "gpt_neox sequential"]
 Backends = tuple[HuggingFaceLanguageModel, TransformerLensLanguageModel]
-
-
-def save(directory: Path, config: Any) -> None:
-    """A model whose every parameter is random, so that weights and biases cannot be forgotten or folded unseen."""
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.ndim == 1) * 0.5)
-    model.save_pretrained(directory)
-    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="a"))
-    special = {"bos_token": "<s>", "eos_token": "</s>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(directory)
 
 
 def config_for(directory: Path, **settings: Any) -> LanguageModelConfig:
@@ -69,7 +35,7 @@ def load(directory: Path, **settings: Any) -> Backends:
     return here, lens
 
 
-@pytest.fixture(scope="module", params=list(CONFIGS))
+@pytest.fixture(scope="module", params=BOTH_READ)
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model") / request.param
     save(directory, CONFIGS[request.param]())
