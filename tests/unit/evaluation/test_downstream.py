@@ -5,48 +5,23 @@ from typing import cast
 
 import pytest
 import torch
-from torch import Tensor
 
-from lm_saes import SAEConfig, SparseAutoEncoder
-from lm_saes.config import build
+from lm_saes import SparseAutoEncoder
 from lm_saes.data.batch import Batch
 from lm_saes.data.language_model import LanguageModel, LanguageModelConfig, load_language_model
 from lm_saes.evaluation.downstream import DownstreamLoss
 from lm_saes.evaluation.evaluator import EvalConfig, Evaluator, numbers
 from lm_saes.evaluation.examples import LatentExample
 
-HOOK = "blocks.0.hook_resid_post"
+from ...tiny_run import make_place
+from .by_hand import HOOK, dictionary, identity
+
 SAME_AS_HOOK = "blocks.1.hook_resid_pre"
-
-
-def dictionary(W_E: Tensor, W_D: Tensor, hook_out: str = HOOK) -> SparseAutoEncoder:
-    """A ReLU dictionary without biases and normalisation and with the given weights."""
-    d_model, d_sae = W_E.shape
-    settings = {
-        "hook_point_in": HOOK,
-        "hook_point_out": hook_out,
-        "d_model": d_model,
-        "expansion_factor": d_sae / d_model,
-        "act_fn": "relu",
-        "norm_activation": "inference",
-        "sparsity_include_decoder_norm": False,
-    }
-    sae = SparseAutoEncoder(build(SAEConfig, settings))
-    with torch.no_grad():
-        sae.W_E.copy_(W_E)
-        sae.W_D.copy_(W_D)
-    return sae.eval()
-
-
-def identity(d: int, hook_out: str = HOOK) -> SparseAutoEncoder:
-    """relu(x) - relu(-x) = x, exactly."""
-    both = torch.cat([torch.eye(d), -torch.eye(d)], dim=1)
-    return dictionary(both, both.T, hook_out)
 
 
 @torch.no_grad()
 def measure(sae: SparseAutoEncoder, model: LanguageModel, contexts: Batch) -> DownstreamLoss:
-    downstream = DownstreamLoss(sae, model)
+    downstream = DownstreamLoss(sae.eval(), model)
     downstream.add(contexts["tokens"], contexts["mask"])
     return downstream
 
@@ -54,31 +29,9 @@ def measure(sae: SparseAutoEncoder, model: LanguageModel, contexts: Batch) -> Do
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     """A random Llama of two layers with a tokenizer of a few words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    directory = tmp_path_factory.mktemp("tiny-llama")
-    words = {"<s>": 0, "</s>": 1, "[unk]": 2} | {f"word{i}": i for i in range(3, 40)}
-    words_tokenizer = Tokenizer(models.WordLevel(words, unk_token="[unk]"))
-    words_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words_tokenizer, bos_token="<s>", eos_token="</s>", unk_token="[unk]"
-    ).save_pretrained(directory)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.5,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    place = make_place(tmp_path_factory.mktemp("tiny-llama"))
     return load_language_model(
-        LanguageModelConfig(model_name=str(directory), dtype=torch.float32, local_files_only=True)
+        LanguageModelConfig(model_name=str(place / "model"), dtype=torch.float32, local_files_only=True)
     )
 
 
@@ -155,13 +108,13 @@ def test_downstream_losses_equal_a_plain_loop(
 
 
 def test_nothing_to_predict_gives_nan(model: LanguageModel, contexts: Batch):
-    downstream = DownstreamLoss(identity(16), model)
+    downstream = DownstreamLoss(identity(16).eval(), model)
     downstream.add(contexts["tokens"][3:], contexts["mask"][3:])
     assert all(math.isnan(value) for value in downstream.metrics().values())
 
 
 def test_the_evaluator_measures_its_first_tokens(model: LanguageModel, contexts: Batch):
-    sae = dictionary(torch.eye(16), torch.eye(16))
+    sae = dictionary(torch.eye(16), torch.eye(16)).eval()
     whole = Evaluator(EvalConfig()).evaluate(sae, [contexts], model)
     assert whole["details/n_downstream_positions"] == 7 + 3 + 5
     assert numbers(whole).items() >= measure(sae, model, contexts).metrics().items()
@@ -178,7 +131,7 @@ def test_the_evaluator_measures_its_first_tokens(model: LanguageModel, contexts:
 
 def test_snippets_hold_the_text_of_tokens(model: LanguageModel, contexts: Batch):
     cfg = EvalConfig(n_latents=1, n_snippets=1, snippet_context=20)
-    result = Evaluator(cfg).evaluate(identity(16), [contexts], model)
+    result = Evaluator(cfg).evaluate(identity(16).eval(), [contexts], model)
     snippet = cast(list[LatentExample], result["latents"])[0]["snippets"][0]
     up_to_last_valid = zip(contexts["tokens"], [9, 5, 9, 9], strict=True)
     assert snippet["tokens"] in [model.decode_tokens(row[:n].tolist()) for row, n in up_to_last_valid]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_saes import SAEConfig, SparseAutoEncoder
+from lm_saes import SparseAutoEncoder
 from lm_saes.config import build
 from lm_saes.data.batch import Batch
 from lm_saes.dictionaries.record import Record
@@ -18,34 +18,7 @@ from lm_saes.errors import ConfigError, DataError
 from lm_saes.evaluation.evaluator import EvalConfig, Evaluation, Evaluator, numbers, write_evaluation
 from lm_saes.evaluation.examples import LatentExample
 
-HOOK = "blocks.0.hook_resid_post"
-
-
-def dictionary(W_E: Tensor, W_D: Tensor, b_E: float = 0.0, b_D: Tensor | None = None) -> SparseAutoEncoder:
-    """A ReLU dictionary without normalisation and with the given weights."""
-    d_model, d_sae = W_E.shape
-    settings = {
-        "hook_point_in": HOOK,
-        "hook_point_out": HOOK,
-        "d_model": d_model,
-        "expansion_factor": d_sae / d_model,
-        "act_fn": "relu",
-        "norm_activation": "inference",
-        "sparsity_include_decoder_norm": False,
-    }
-    sae = SparseAutoEncoder(build(SAEConfig, settings))
-    with torch.no_grad():
-        sae.W_E.copy_(W_E)
-        sae.W_D.copy_(W_D)
-        sae.b_E.fill_(b_E)
-        sae.get_parameter("b_D").copy_(torch.zeros(d_model) if b_D is None else b_D)
-    return sae
-
-
-def identity(d: int) -> SparseAutoEncoder:
-    """relu(x) - relu(-x) = x, exactly."""
-    both = torch.cat([torch.eye(d), -torch.eye(d)], dim=1)
-    return dictionary(both, both.T)
+from .by_hand import HOOK, dictionary, identity
 
 
 def constant(value: Tensor) -> SparseAutoEncoder:
