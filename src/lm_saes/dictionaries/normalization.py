@@ -38,7 +38,7 @@ class Normalizing(nn.Module):
                 f"norm_activation='dataset-wise': no average norm is known for {hook_point!r}; "
                 "call set_dataset_average_activation_norm, or let the Initializer measure it"
             )
-        return x.new_tensor(self.cfg.d_model**0.5 / norms[hook_point])
+        return x.new_full((), self.cfg.d_model**0.5 / norms[hook_point])
 
     @overload
     def normalize_activations(

@@ -39,7 +39,7 @@ class Record:
     def n_tokens_here(self) -> Tensor:
         """How many tokens of this process's part of the batch count (0-d)."""
         if self.mask is None:
-            return torch.tensor(self.label.shape[1], dtype=torch.float32, device=self.label.device)
+            return torch.full((), self.label.shape[1], dtype=torch.float32, device=self.label.device)
         return self.mask.sum().to(torch.float32)
 
     @cached_property

@@ -3,113 +3,29 @@
 Selection looks at `s = h * norm` with gating by the decoder norm, at `s = h` without. What is not kept is exactly 0.
 A new activation function is a subclass of `ActivationFunction`; naming it registers it.
 
-A code's rows are tokens, or (token, site) where a dictionary has several sites (layers, heads). Most activation
-functions look at rows; those that let sites compete (`joins_sites`) see one row per token with all sites side by side.
-
-Letters: N rows, B rows of one block, S sites, F latents (of a row), C candidates, E entries.
+Letters: N rows, B rows of one block, S sites, F latents (of a row), C candidates, E entries, P pools that each have a
+budget of their own, X places of one.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lm_saes.latents.axis import Axes
+from lm_saes import waiting
+from lm_saes.latents.activation_base import ActivationFunction, Missed
+from lm_saes.latents.axis import Axis
+from lm_saes.latents.codes import Pattern
 from lm_saes.latents.kernels.plain import top_columns
+from lm_saes.latents.thresholds import DenseJumpReLU
 
 if TYPE_CHECKING:
     from lm_saes.dictionaries.config import BaseSAEConfig
 
-
-class ActivationFunction(nn.Module, ABC):
-    """Base of all activation functions: a dense definition and, for the sparse path, candidates block by block."""
-
-    name: ClassVar[str]
-    registry: ClassVar[dict[str, type[ActivationFunction]]] = {}
-    config_fields: ClassVar[frozenset[str]] = frozenset()
-    """The dictionary-config fields that only this kind of activation function reads."""
-    log_threshold: Tensor | None = None
-    """Logarithm of a learnt threshold per latent, if there is one; its gradient is that of a window around it."""
-    window: float = 0.0
-    """Width of that window, in the units of `s`."""
-    joins_sites: bool = False
-    """Whether a row is a token with the latents of all its sites, rather than one (token, site)."""
-    judges_entries: ClassVar[bool] = False
-    """Whether an entry is active or not by itself, where `h` exceeds its latent's bound: a class that has `bounds`."""
-    loose: bool = False
-    """Whether `settle` turns down many candidates, so that they are worth dropping from the code."""
-
-    def __init_subclass__(cls, **kwargs) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.judges_entries = "bounds" in vars(cls)
-        if not inspect.isabstract(cls):
-            ActivationFunction.registry[cls.name] = cls
-
-    def __init__(self, cfg: BaseSAEConfig) -> None:
-        super().__init__()
-        self.axes = Axes()
-
-    @abstractmethod
-    def keep(self, s_NF: Tensor, mask_N: Tensor | None) -> Tensor:
-        """The definition: bool `[N, F]`, which entries of the whole batch are active."""
-
-    def dense(self, h_RF: Tensor, scale_SF: Tensor | None, mask: Tensor | None, n_sites: int = 1) -> Tensor:
-        """Latents `[R, F]` of a dense batch (R = tokens x sites), differentiable in `h`; `mask` is by token."""
-        with torch.no_grad():
-            per_token = self.rows_per_token(n_sites)
-            s_NF = scaled(h_RF, scale_SF).view(len(h_RF) // n_sites * per_token, -1)
-            kept = self.keep(s_NF, self.mask_rows(mask, n_sites))
-        return torch.where(kept.view_as(h_RF), h_RF, 0.0)
-
-    def bounds(self, like_F: Tensor, scale_F: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Where an activation function that `judges_entries` cuts the `h` of each latent (in the type of `like_F`).
-
-        Active is what exceeds the first bound; what lies strictly between the others moves the latent's threshold.
-        """
-        raise NotImplementedError(f"{type(self).__name__}: compares entries with each other")
-
-    def rows_per_token(self, n_sites: int) -> int:
-        """How many of the rows that selection looks at belong to one token."""
-        return 1 if self.joins_sites else n_sites
-
-    def mask_rows(self, mask: Tensor | None, n_sites: int) -> Tensor | None:
-        """Which of those rows count, given which tokens do."""
-        per_token = self.rows_per_token(n_sites)
-        return mask if mask is None or per_token == 1 else mask.repeat_interleave(per_token)
-
-    @abstractmethod
-    def expected_entries(self, n_latents: int, n_sites: int = 1) -> float | None:
-        """Entries per token and site that the sparse path has to hold; None if that depends on the batch."""
-
-    def begin(self, mask_N: Tensor | None, n_rows: int) -> None:
-        """Called before the blocks of a batch are looked at on the sparse path."""
-
-    @abstractmethod
-    def candidates(self, s_BF: Tensor, rows: slice) -> Tensor:
-        """Entries of a block that the code has to hold: bool `[B, F]`, or columns, as many a row, `[B, C]` (int64)."""
-
-    def settle(self, s_E: Tensor, sites_E: Tensor) -> Tensor:
-        """After the last block: which of all candidates compete successfully (bool `[E]`); may raise `Missed`.
-
-        `sites_E` is the site of each. Of those that do, an entry is active if `s` is positive and above its latent's
-        threshold.
-        """
-        return s_E > 0
-
-    @torch.no_grad()
-    def rescale(self, factor: Tensor) -> None:
-        """Follow a rescaling of all `s` by `factor`, so that the same entries stay selected."""
-        if self.log_threshold is not None:
-            self.log_threshold.add_(factor.log())
-
-
-class Missed(Exception):
-    """The candidates of a batch did not contain everything that may be active: look again with the new floor."""
+__all__ = ["ActivationFunction", "BatchLayerTopK", "BatchTopK", "JumpReLU", "LayerTopK", "Missed", "ReLU", "TopK"]
 
 
 class ReLU(ActivationFunction):
@@ -157,8 +73,12 @@ class TopK(ActivationFunction):
         self._width = columns_BC.shape[1]
         return columns_BC
 
-    def settle(self, s_E: Tensor, sites_E: Tensor) -> Tensor:
-        return self.axes.latents.top(s_E.view(-1, self._width), self.k).view(-1) & (s_E > 0)
+    @property
+    def even_sites(self) -> bool:  # type: ignore[override]
+        return not self.joins_sites
+
+    def settle(self, s_E: Tensor, pattern: Pattern) -> tuple[None, Tensor]:
+        return None, self.axes.latents.top(s_E.view(-1, self._width), self.k).view(-1) & (s_E > 0)
 
     def _columns(self, s_BF: Tensor) -> Tensor:
         return top_columns(s_BF, min(self.k, s_BF.shape[1]))
@@ -177,10 +97,12 @@ class BatchTopK(ActivationFunction):
     A cross-layer transcoder's layers select each for itself, `k x valid tokens`; a crosscoder's heads form one pool.
     Outside training it keeps what exceeds the running threshold: the first batch's smallest kept value, then a moving
     average with decay 0.99.
+
+    Where waiting for the device costs time, training steps look at the budget's number of best entries of every block,
+    whatever their values: then no size depends on values.
     """
 
     name = "batchtopk"
-    loose = True
     config_fields = frozenset({"top_k"})
     decay = 0.99
     margin = 0.8
@@ -195,15 +117,25 @@ class BatchTopK(ActivationFunction):
         self.register_buffer("batch_topk_threshold", torch.zeros(shape, dtype=torch.float32))
         self._floor_P: Tensor | None = None
         self._mask_N: Tensor | None = None
+        self._limit: Tensor | None = None
         self._budget = self._misses = 0
+
+    @property
+    def _fixed(self) -> bool:
+        """Whether the code is to have room for a fixed number of entries."""
+        return self.training and waiting.waits_cost(self.batch_topk_threshold.device)
+
+    @property
+    def even_sites(self) -> bool:  # type: ignore[override]
+        return self._fixed and self.n_pools > 1
 
     def keep(self, s_NF: Tensor, mask_N: Tensor | None) -> Tensor:
         if not self.training:
             return s_NF > self._of_rows(self.batch_topk_threshold, s_NF)
         valid = s_NF if mask_N is None else torch.where(mask_N[:, None], s_NF, -math.inf)
-        budget = self._pool_budget(mask_N, len(s_NF))
-        pools_PX = valid.view(-1, self.n_pools, s_NF.shape[1]).transpose(0, 1).flatten(1)
-        kept_PX = self.axes.everywhere.top(pools_PX, budget) & (pools_PX > 0)
+        self._set_budget(mask_N, len(s_NF))
+        pools_PX = self._pools(valid)
+        kept_PX = self.axes.everywhere.top(pools_PX, self._budget, self._limit) & (pools_PX > 0)
         self._observe([(s, kept) for s, kept in zip(pools_PX, kept_PX, strict=True)])
         return kept_PX.view(self.n_pools, -1, s_NF.shape[1]).transpose(0, 1).reshape(s_NF.shape)
 
@@ -211,14 +143,15 @@ class BatchTopK(ActivationFunction):
         return min(self.k / (n_sites if self.joins_sites else 1), n_latents)
 
     def begin(self, mask_N: Tensor | None, n_rows: int) -> None:
+        self._set_budget(mask_N, n_rows)
         threshold_P = self.batch_topk_threshold.view(-1)
-        self._mask_N, self._budget = mask_N, self._pool_budget(mask_N, n_rows)
-        self._floor_P = threshold_P * self.margin if bool((threshold_P > 0).all()) else None
+        self._floor_P = threshold_P * self.margin if not self._fixed and bool((threshold_P > 0).all()) else None
         self._misses = 0
 
     def offer(self, mask_N: Tensor | None, n_rows: int) -> int:
         """Announce candidates that hold the batch's largest: how many entries that are."""
-        self._mask_N, self._floor_P, self._budget = mask_N, None, self._pool_budget(mask_N, n_rows)
+        self._floor_P = None
+        self._set_budget(mask_N, n_rows)
         return self._budget
 
     def candidates(self, s_BF: Tensor, rows: slice) -> Tensor:
@@ -226,19 +159,32 @@ class BatchTopK(ActivationFunction):
             return s_BF > self._of_rows(self.batch_topk_threshold, s_BF)
         if self._mask_N is not None:
             s_BF = torch.where(self._mask_N[rows, None], s_BF, -math.inf)
+        if self._fixed:
+            return self._best_places(s_BF)
         if self._floor_P is None:  # nothing known yet: what twice this block's share of the budget would exceed
-            pools_PX = s_BF.view(-1, self.n_pools, s_BF.shape[1]).transpose(0, 1).flatten(1)
+            pools_PX = self._pools(s_BF)
             share = min(pools_PX.shape[1], 2 * self.k * len(s_BF) // self.n_pools)
             own_P = pools_PX.topk(share, sorted=False).values.amin(1).clamp(min=0)
             self._floor_P = self.axes.everywhere.smallest(own_P)
         return s_BF > self._of_rows(self._floor_P, s_BF)
 
-    def settle(self, s_E: Tensor, sites_E: Tensor) -> Tensor:
+    def _best_places(self, s_BF: Tensor) -> Tensor:
+        """As many entries of each pool as its budget, the largest: places in the flattened block, ascending."""
+        pools_PX, n_latents = self._pools(s_BF), s_BF.shape[1]
+        best_PX = top_columns(pools_PX, min(self._budget, pools_PX.shape[1]))
+        pool_P1 = torch.arange(self.n_pools, device=s_BF.device)[:, None]
+        rows_PX = best_PX // n_latents * self.n_pools + pool_P1
+        return (rows_PX * n_latents + best_PX % n_latents).flatten().sort().values
+
+    def settle(self, s_E: Tensor, pattern: Pattern) -> tuple[Tensor | None, Tensor]:
         if not self.training:
-            return s_E > 0
-        pools = (
-            [slice(None)] if self.n_pools == 1 else [(sites_E == p).nonzero().squeeze(1) for p in range(self.n_pools)]
-        )
+            return None, s_E > 0
+        if self._fixed:
+            return self._settle_fixed(s_E, pattern)
+        pools = [slice(None)]
+        if self.n_pools > 1:
+            pool_E = pattern.rows % self.n_pools
+            pools = [(pool_E == p).nonzero().squeeze(1) for p in range(self.n_pools)]
         offered_P = self.axes.everywhere.total(torch.tensor([len(s_E[pool]) for pool in pools]))
         short = bool((offered_P < self._budget).any())
         if short and self._floor_P is not None and bool((self._floor_P > 0).any()):
@@ -249,15 +195,47 @@ class BatchTopK(ActivationFunction):
         for pool in pools:
             kept_E[pool] = self.axes.everywhere.top(s_E[pool][None], self._budget)[0]
         self._observe([(s_E[pool], kept_E[pool]) for pool in pools])
-        return kept_E
+        places = kept_E.nonzero().squeeze(1)
+        return places, torch.ones_like(places, dtype=torch.bool)
+
+    def _settle_fixed(self, s_E: Tensor, pattern: Pattern) -> tuple[Tensor | None, Tensor]:
+        rows_E, places = pattern.rows, None
+        s_E = s_E.clamp(min=torch.finfo(s_E.dtype).min)
+        if self._mask_N is not None:
+            valid_E = self._mask_N.index_select(0, rows_E // (pattern.n_rows // len(self._mask_N)))
+            s_E = torch.where(valid_E, s_E, torch.finfo(s_E.dtype).min)
+        if len(s_E) > self.n_pools * self._budget:
+            chosen_E = torch.stack(self._best_of_pools(s_E, rows_E, Axis(), None)).any(0)
+            places = torch.nonzero_static(chosen_E, size=self.n_pools * self._budget, fill_value=0).squeeze(1)
+            s_E, rows_E = s_E.index_select(0, places), rows_E.index_select(0, places)
+        kept_PE = [best_E & (s_E > 0) for best_E in self._best_of_pools(s_E, rows_E, self.axes.everywhere, self._limit)]
+        self._observe([(s_E, kept_E) for kept_E in kept_PE])
+        return places, torch.stack(kept_PE).any(0)
+
+    def _best_of_pools(self, s_E: Tensor, rows_E: Tensor, axis: Axis, limit: Tensor | None) -> list[Tensor]:
+        """Which entries are among the largest of each pool over an axis, bool `[E]` each."""
+        best = []
+        for pool in range(self.n_pools):
+            here_E = rows_E % self.n_pools == pool
+            best.append(axis.top(torch.where(here_E, s_E, -math.inf)[None], self._budget, limit)[0] & here_E)
+        return best
 
     @torch.no_grad()
     def rescale(self, factor: Tensor) -> None:
         self.batch_topk_threshold.mul_(factor)
 
-    def _pool_budget(self, mask_N: Tensor | None, n_rows: int) -> int:
-        n_valid = torch.tensor(n_rows if mask_N is None else int(mask_N.sum()))
-        return self.k * int(self.axes.tokens.total(n_valid)) // self.n_pools
+    def _set_budget(self, mask_N: Tensor | None, n_rows: int) -> None:
+        """How many entries of each pool are kept; `_limit` says it where only the device knows, and they are fewer."""
+        self._mask_N, self._limit, tokens = mask_N, None, self.axes.tokens
+        if mask_N is not None and self._fixed:
+            self._limit = self.k * tokens.total(mask_N.sum()) // self.n_pools
+        elif mask_N is not None:
+            n_rows = int(mask_N.sum())
+        self._budget = self.k * int(tokens.total(torch.tensor(n_rows))) // self.n_pools
+
+    def _pools(self, s_NF: Tensor) -> Tensor:
+        """The entries of each pool, `[P, X]`; pools take turns by row."""
+        return s_NF.view(-1, self.n_pools, s_NF.shape[1]).transpose(0, 1).flatten(1)
 
     def _of_rows(self, value_P: Tensor, s_BF: Tensor) -> Tensor:
         """A value of each pool as one of each row (pools alternate), or the value itself if there is one pool."""
@@ -266,7 +244,7 @@ class BatchTopK(ActivationFunction):
 
     @torch.no_grad()
     def _observe(self, pools: list[tuple[Tensor, Tensor]]) -> None:
-        smallest_P = torch.stack([torch.where(kept, s, math.inf).amin() if s.numel() else s.new_tensor(math.inf)
+        smallest_P = torch.stack([torch.where(kept, s, math.inf).amin() if s.numel() else s.new_full((), math.inf)
                                   for s, kept in pools]).float()  # fmt: skip
         smallest_P = self.axes.everywhere.smallest(smallest_P)
         known_P = self.batch_topk_threshold.view(-1)
@@ -310,7 +288,7 @@ class JumpReLU(ActivationFunction):
         return s_NF > self.theta.to(s_NF.dtype)
 
     def dense(self, h_RF: Tensor, scale_SF: Tensor | None, mask: Tensor | None, n_sites: int = 1) -> Tensor:
-        return _DenseJumpReLU.apply(h_RF, self.log_jumprelu_threshold, scale_SF, self.window, n_sites)  # type: ignore[return-value]
+        return DenseJumpReLU.apply(h_RF, self.log_jumprelu_threshold, scale_SF, self.window, n_sites)  # type: ignore[return-value]
 
     def expected_entries(self, n_latents: int, n_sites: int = 1) -> float | None:
         return None
@@ -331,39 +309,3 @@ class JumpReLU(ActivationFunction):
 def _in_units_of_h(s_F: Tensor, scale_F: Tensor | None) -> Tensor:
     """The `h` from which on `s = h scale` exceeds `s_F`; with a scale of 0 it never does."""
     return s_F if scale_F is None else torch.where(scale_F > 0, s_F / scale_F, math.inf)
-
-
-class _DenseJumpReLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, h_RF, log_theta, scale_SF, window, n_sites):  # type: ignore[override]
-        theta = log_theta.exp().to(h_RF.dtype)
-        s_NSF = scaled(h_RF, scale_SF).view(-1, n_sites, h_RF.shape[1])
-        kept_NSF = s_NSF > theta
-        in_window_NSF = ((s_NSF - theta).abs() < window / 2) & (s_NSF > 0)
-        ctx.save_for_backward(kept_NSF, in_window_NSF, log_theta, scale_SF)
-        ctx.window = window
-        return torch.where(kept_NSF.view_as(h_RF), h_RF, 0.0)
-
-    @staticmethod
-    def backward(ctx, df_RF):  # type: ignore[override]
-        kept_NSF, in_window_NSF, log_theta, scale_SF = ctx.saved_tensors
-        dh_RF = torch.where(kept_NSF.view_as(df_RF), df_RF, 0.0)
-        window_SF = torch.where(in_window_NSF, df_RF.view(in_window_NSF.shape), 0.0).sum(0)
-        return dh_RF, threshold_gradient(window_SF, log_theta, scale_SF, ctx.window), None, None, None
-
-
-def scaled(h_RF: Tensor, scale_SF: Tensor | None) -> Tensor:
-    """`s = h * scale`, each row by its site's scale; `h` itself without one."""
-    if scale_SF is None:
-        return h_RF
-    return (h_RF.view(-1, *scale_SF.shape) * scale_SF).view(h_RF.shape)
-
-
-def threshold_gradient(df_SF: Tensor, log_theta: Tensor, scale_SF: Tensor | None, window: float) -> Tensor:
-    """Gradient of log theta (`[F]` or `[S, F]`) from the summed output gradients of the entries in the window.
-
-    `df_SF` is in the units of `h`; divided by the scales it is `g`.
-    """
-    g_SF = df_SF if scale_SF is None else torch.where(scale_SF > 0, df_SF / scale_SF, 0.0)
-    g = g_SF if log_theta.ndim > 1 else g_SF.sum(0)
-    return (-(log_theta.exp() ** 2) / window * g).to(log_theta.dtype)

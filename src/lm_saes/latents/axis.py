@@ -44,13 +44,20 @@ class Axis:
         """Smallest value over the axis, without a gradient."""
         return v
 
-    def top(self, candidates_RC: Tensor, k: int) -> Tensor:
+    def top(self, candidates_RC: Tensor, k: int, limit: Tensor | None = None) -> Tensor:
         """Which candidates are among the k largest of their row over the axis: bool `[R, C]`, in all exactly k a row
-        (or all, if there are fewer). Processes may bring different numbers of candidates."""
-        if candidates_RC.shape[1] <= k:
+        (or all, if there are fewer). Processes may bring different numbers of candidates.
+
+        With `limit` (0-d) no more than so many, which then nobody has to know but the device.
+        """
+        if candidates_RC.shape[1] <= k and limit is None:
             return torch.ones_like(candidates_RC, dtype=torch.bool)
-        chosen = candidates_RC.topk(k, dim=1, sorted=False).indices
-        return torch.zeros_like(candidates_RC, dtype=torch.bool).scatter_(1, chosen, True)
+        k = min(k, candidates_RC.shape[1])
+        chosen = candidates_RC.topk(k, dim=1, sorted=limit is not None).indices
+        top_RC = torch.zeros_like(candidates_RC, dtype=torch.bool)
+        if limit is None:
+            return top_RC.scatter_(1, chosen, True)
+        return top_RC.scatter_(1, chosen, (torch.arange(k, device=chosen.device) < limit).expand_as(chosen))
 
     def join(self, rows: Tensor) -> Tensor:
         """The rows of all processes, in order of their places."""

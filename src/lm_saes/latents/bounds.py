@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lm_saes.latents import kernels
+from lm_saes.latents.segments import offsets_of_rows
 
 BLOCK_BYTES = 38 << 20
 """Size of one block of bounds."""
@@ -70,7 +71,7 @@ class Bounds:
 
     def exact(self, tokens: slice, rows_E: Tensor, columns_E: Tensor) -> tuple[Tensor, Tensor]:
         """`x W` and `s` at some entries, by row, in float32."""
-        offsets = segment_offsets(rows_E, len(self.x_ND[tokens]))
+        offsets = offsets_of_rows(rows_E, len(self.x_ND[tokens]))
         products_E = kernels.row_dot(self.x_ND[tokens], self.W_FD, rows_E.int(), columns_E.int(), offsets)
         s_E = products_E + self.b_F.index_select(0, columns_E)
         return products_E, s_E if self.scale_F is None else s_E.mul_(self.scale_F.index_select(0, columns_E))
@@ -80,13 +81,6 @@ def loosened(bound: Tensor) -> Tensor:
     """What nothing exceeds that has at most this (rounded) bound, in float32."""
     bound = bound.float()
     return bound + 2 * UNIT * bound.abs()
-
-
-def segment_offsets(rows_E: Tensor, n_rows: int) -> Tensor:
-    """Where each row's entries begin, `[n_rows + 1]` int32; entries lie by row."""
-    return torch.searchsorted(
-        rows_E, torch.arange(n_rows + 1, dtype=rows_E.dtype, device=rows_E.device), out_int32=True
-    )
 
 
 def _round(v_XD: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

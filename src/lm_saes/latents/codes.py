@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lm_saes import waiting
 from lm_saes.latents import kernels
+from lm_saes.latents.segments import offsets_of_lengths, offsets_of_rows
 
 if TYPE_CHECKING:
     from lm_saes.latents.hidden import Hidden
@@ -140,6 +142,11 @@ class Pattern:
         order, offsets = kernels.transpose(self.indices, self.n_latents)
         return order, self.rows[order], offsets
 
+    def take(self, places: Tensor) -> Pattern:
+        """Some of the entries, `places` (ascending) naming them."""
+        offsets = offsets_of_rows(self.rows.index_select(0, places), self.n_rows)
+        return Pattern(self.indices.index_select(0, places), offsets, self.n_latents)
+
     def latent_sum(self, weights_E: Tensor, table_ND: Tensor) -> Tensor:
         """`out[f] = sum over entries e of latent f of weights[e] * table[rows[e]]`: `[F, D]`."""
         order, rows, offsets = self.by_latent
@@ -171,10 +178,10 @@ class _Decode(torch.autograd.Function):
 
 
 class SparseCode(Code):
-    """Entries row by row: `values [E]`, `indices [E]`, `offsets [N + 1]`."""
+    """Entries row by row: `values [E]`, `indices [E]`, `offsets [N + 1]`; `even`: all sites have equally many."""
 
-    def __init__(self, values: Tensor, pattern: Pattern, n_sites: int = 1) -> None:
-        self.values, self.pattern, self.n_sites = values, pattern, n_sites
+    def __init__(self, values: Tensor, pattern: Pattern, n_sites: int = 1, even: bool = False) -> None:
+        self.values, self.pattern, self.n_sites, self.even = values, pattern, n_sites, even
         self.n_rows, self.n_latents = pattern.n_rows, pattern.n_latents // n_sites
 
     @cached_property
@@ -221,11 +228,13 @@ class SparseCode(Code):
     def site(self, site: int) -> SparseCode:
         if self.n_sites == 1:
             return self
-        here = (self.rows % self.n_sites == site).nonzero().squeeze(1)
+        here_E = self.rows % self.n_sites == site
+        if self.even and waiting.waits_cost(here_E.device):
+            here = torch.nonzero_static(here_E, size=len(here_E) // self.n_sites).squeeze(1)
+        else:
+            here = here_E.nonzero().squeeze(1)
         lengths = (self.offsets[1:] - self.offsets[:-1])[site :: self.n_sites]
-        offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=lengths.device)
-        offsets[1:] = lengths.cumsum(0)
-        pattern = Pattern(self.indices.index_select(0, here), offsets, self.n_latents)
+        pattern = Pattern(self.indices.index_select(0, here), offsets_of_lengths(lengths), self.n_latents)
         return SparseCode(self.values.index_select(0, here), pattern)
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,12 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lm_saes.latents.activations import ActivationFunction, threshold_gradient
+from lm_saes.latents.activation_base import ActivationFunction
 from lm_saes.latents.blocks import EncoderGradients, Scratch, blocks, gather, pre_activations, weights
 from lm_saes.latents.codes import DenseCode, EntryFunction, Identity
 from lm_saes.latents.deferred import Deferred
 from lm_saes.latents.hidden import Hidden
 from lm_saes.latents.products import add_product, product, product_dtype
+from lm_saes.latents.thresholds import threshold_gradient
 
 
 def encode_dense(

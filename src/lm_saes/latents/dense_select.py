@@ -11,9 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lm_saes.latents.activations import ActivationFunction, Missed, scaled, threshold_gradient
+from lm_saes import waiting
+from lm_saes.latents.activation_base import ActivationFunction, Chosen, Missed
 from lm_saes.latents.codes import Code, DenseCode, Pattern, SparseCode
 from lm_saes.latents.density import sparse_pays
+from lm_saes.latents.segments import offsets_of_rows
+from lm_saes.latents.thresholds import scaled, threshold_gradient
 
 
 def select(
@@ -37,48 +40,42 @@ def select(
     picked = None if dense else _pick(h_NF, activation, scale_F, mask_N, may_refuse=dense is None)
     if picked is None:
         return DenseCode(activation.dense(h_NF, scale_F, mask_N))
-    flat_E, kept_E, in_window_E, pattern = picked
-    values_E = _Read.apply(
-        h_NF, activation.log_threshold, scale_F, activation.window, flat_E, kept_E, in_window_E, pattern
-    )
-    return SparseCode(values_E, pattern)  # type: ignore[arg-type]
+    flat_E, chosen = picked
+    values_E = _Read.apply(h_NF, activation.log_threshold, scale_F, activation.window, flat_E, chosen)
+    return SparseCode(values_E, chosen.pattern)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
 def _pick(
     h_NF: Tensor, activation: ActivationFunction, scale_F: Tensor | None, mask_N: Tensor | None, may_refuse: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Pattern] | None:
-    """Places of the entries in `h`, which are kept, which move a threshold; None if they are too many to be sparse."""
+) -> tuple[Tensor, Chosen] | None:
+    """Places of the entries in `h`, and the choice of them; None if they are too many to be sparse."""
     n_rows, n_latents = h_NF.shape
     s_NF = scaled(h_NF, scale_F)
     activation.begin(mask_N, n_rows)
     while True:
-        flat_E = _flat(activation.candidates(s_NF, slice(0, n_rows)), n_latents)
+        candidates = activation.candidates(s_NF, slice(0, n_rows))
+        if may_refuse and candidates.dtype == torch.bool and waiting.waits_cost(h_NF.device):
+            n_active = candidates.count_nonzero()
+            if not activation.density.sparse_pays(n_active, h_NF.numel(), activation.training):
+                return None
+        flat_E = _flat(candidates, n_latents)
         if may_refuse and not sparse_pays(flat_E.numel(), h_NF.numel()):
             return None
-        s_E = s_NF.view(-1).index_select(0, flat_E)
+        pattern = Pattern((flat_E % n_latents).to(torch.int32), offsets_of_rows(flat_E // n_latents, n_rows), n_latents)
         try:
-            kept_E = activation.settle(s_E, torch.zeros_like(flat_E))
-            break
+            chosen = activation.choose(s_NF.view(-1).index_select(0, flat_E), pattern)
         except Missed:
             continue
-    in_window_E = None
-    if activation.loose:
-        flat_E, s_E = flat_E[kept_E], s_E[kept_E]
-        kept_E = torch.ones_like(flat_E, dtype=torch.bool)
-    if activation.log_threshold is not None:
-        theta_E = activation.log_threshold.exp().to(s_E.dtype).index_select(0, flat_E % n_latents)
-        kept_E = kept_E & (s_E > theta_E)
-        in_window_E = ((s_E - theta_E).abs() < activation.window / 2) & (s_E > 0)
-    offsets = torch.zeros(n_rows + 1, dtype=torch.int32, device=h_NF.device)
-    offsets[1:] = torch.bincount(flat_E // n_latents, minlength=n_rows).cumsum(0)
-    return flat_E, kept_E, in_window_E, Pattern((flat_E % n_latents).to(torch.int32), offsets, n_latents)
+        return chosen.of(flat_E), chosen
 
 
 def _flat(candidates: Tensor, n_latents: int) -> Tensor:
-    """Candidates (a mask, or columns of each row) as places in the flattened `h`, row by row."""
+    """Candidates (a mask, columns of each row, or places already) as places in the flattened `h`, row by row."""
     if candidates.dtype == torch.bool:
         return candidates.view(-1).nonzero().squeeze(1)
+    if candidates.ndim == 1:
+        return candidates
     first = torch.arange(0, len(candidates) * n_latents, n_latents, device=candidates.device)
     return (candidates + first[:, None]).view(-1)
 
@@ -87,19 +84,19 @@ class _Read(torch.autograd.Function):
     """The values of the picked entries; the gradient goes back to their places in `h`, and to the thresholds."""
 
     @staticmethod
-    def forward(ctx, h_NF, log_theta, scale_F, window, flat_E, kept_E, in_window_E, pattern):  # type: ignore[override]
+    def forward(ctx, h_NF, log_theta, scale_F, window, flat_E, chosen):  # type: ignore[override]
         ctx.save_for_backward(log_theta, scale_F)
-        ctx.shape, ctx.window, ctx.picked = h_NF.shape, window, (flat_E, kept_E, in_window_E, pattern)
-        return torch.where(kept_E, h_NF.view(-1).index_select(0, flat_E), 0.0)
+        ctx.shape, ctx.window, ctx.flat_E, ctx.chosen = h_NF.shape, window, flat_E, chosen
+        return torch.where(chosen.kept_E, h_NF.view(-1).index_select(0, flat_E), 0.0)
 
     @staticmethod
     def backward(ctx, dvalues_E):  # type: ignore[override]
         log_theta, scale_F = ctx.saved_tensors
-        flat_E, kept_E, in_window_E, pattern = ctx.picked
-        dh_E = torch.where(kept_E, dvalues_E, 0.0)
-        dh_NF = dh_E.new_zeros(ctx.shape.numel()).scatter_(0, flat_E, dh_E).view(ctx.shape)
+        chosen: Chosen = ctx.chosen
+        dh_E = torch.where(chosen.kept_E, dvalues_E, 0.0)
+        dh_NF = dh_E.new_zeros(ctx.shape.numel()).scatter_(0, ctx.flat_E, dh_E).view(ctx.shape)
         dtheta = None
-        if in_window_E is not None and ctx.needs_input_grad[1]:
-            window_F = pattern.latent_total(torch.where(in_window_E, dvalues_E, 0.0))
+        if chosen.in_window_E is not None and ctx.needs_input_grad[1]:
+            window_F = chosen.pattern.latent_total(torch.where(chosen.in_window_E, dvalues_E, 0.0))
             dtheta = threshold_gradient(window_F[None], log_theta, scale_F, ctx.window)
-        return dh_NF, dtheta, None, None, None, None, None, None
+        return dh_NF, dtheta, None, None, None, None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from lm_saes import waiting
+
 SPARSE_BELOW = 0.06
 """Share of latents per token under which the sparse path wins (measured at d=576 on two cores, see docs/LOG.md)."""
 
@@ -9,3 +13,28 @@ SPARSE_BELOW = 0.06
 def sparse_pays(entries: float, places: float) -> bool:
     """Whether `entries` out of `places` possible ones are few enough for the sparse path."""
     return entries <= SPARSE_BELOW * places
+
+
+class DensityMemory:
+    """Says whether the sparse path pays in training, for activation functions whose density depends on the batch.
+
+    Where waiting for the device costs time, the answer is that of the last `refresh`, and no before the first: dense
+    products wait for nothing.
+    """
+
+    def __init__(self) -> None:
+        self._pays = False
+        self._latest: tuple[Tensor, float] | None = None
+
+    def sparse_pays(self, entries: Tensor, places: float, training: bool) -> bool:
+        """Whether `entries` (0-d) out of `places` are few enough."""
+        if not training or not waiting.waits_cost(entries.device):
+            return sparse_pays(float(entries), places)
+        self._latest = entries, places
+        return self._pays
+
+    def refresh(self) -> None:
+        """Read what the latest batch was like; may wait."""
+        if self._latest is not None:
+            entries, places = self._latest
+            self._pays, self._latest = sparse_pays(float(entries), places), None

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lm_saes import waiting
 from lm_saes.latents.activations import ActivationFunction, BatchTopK, TopK
-from lm_saes.latents.bounds import segment_offsets
 from lm_saes.latents.screening import batch_products, products_in_full, screening_pays, top_in_full, top_products
+from lm_saes.latents.segments import offsets_of_rows
 
 FEW_TOKENS = 16
-"""So many tokens' pre-activations are compared at a time: they stay in a core's cache."""
+"""So many tokens' pre-activations are compared at a time on a CPU: they stay in a core's cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +62,12 @@ def _all_above(
     above_F, low_F, _ = activation.bounds(b_F, scale_F)
     least_F = (above_F if low_F is None or not activation.training else low_F) - b_F
     places, products = list[Tensor](), list[Tensor]()
+    few = len(x_ND) if waiting.waits_cost(x_ND.device) else FEW_TOKENS
     for start, product_BF in products_in_full(x_ND, W_DF, b_F):
         flat_E = torch.cat(
             [
-                (few_BF > least_F).view(-1).nonzero().squeeze(1).add_(i * FEW_TOKENS * len(b_F))
-                for i, few_BF in enumerate(product_BF.split(FEW_TOKENS))
+                (few_BF > least_F).view(-1).nonzero().squeeze(1).add_(i * few * len(b_F))
+                for i, few_BF in enumerate(product_BF.split(few))
             ]
         )
         products.append(product_BF.view(-1).index_select(0, flat_E))
@@ -75,7 +77,7 @@ def _all_above(
     columns_E = flat_E.sub_(rows_E * len(b_F)).to(torch.int32)
     s_E = products_E + b_F.index_select(0, columns_E)
     s_E = s_E if scale_F is None else s_E.mul_(scale_F.index_select(0, columns_E))
-    offsets = segment_offsets(rows_E, len(x_ND))
+    offsets = offsets_of_rows(rows_E, len(x_ND))
     return Found(offsets[1:] - offsets[:-1], columns_E, s_E, products_E, None)
 
 

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from lm_saes.latents import kernels
-from lm_saes.latents.activations import ActivationFunction, Missed, threshold_gradient
+from lm_saes.latents.activation_base import ActivationFunction, Missed
 from lm_saes.latents.codes import Code, DenseCode, Pattern, SparseCode
 from lm_saes.latents.dense import encode_dense
 from lm_saes.latents.density import sparse_pays
 from lm_saes.latents.found import Found, find_best, find_best_of_layers
 from lm_saes.latents.products import product, product_dtype, rows_at_once
+from lm_saes.latents.segments import offsets_of_lengths, offsets_of_rows
+from lm_saes.latents.thresholds import threshold_gradient
 
 PROBE_TOKENS = 64
 """So many tokens tell how dense a batch is."""
@@ -197,7 +199,7 @@ def encode(
     values_E = _Attach.apply(
         x_ND, *encoder.parameters(), activation.log_threshold, scale_SF, activation.window, picks, encoder
     )
-    return SparseCode(values_E, picks.pattern, n_sites)  # type: ignore[arg-type]
+    return SparseCode(values_E, picks.pattern, n_sites, activation.even_sites)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -210,7 +212,7 @@ def _few_active(
     _, block = next(_blocks(some_ND, encoder, scale_SF))
     s_BF = block.s_BSF.view(len(block.s_BSF) * activation.rows_per_token(encoder.n_sites), -1)
     active = activation.candidates(s_BF, slice(0, len(s_BF))).count_nonzero()
-    return sparse_pays(float(active), s_BF.numel() * density_scale)
+    return activation.density.sparse_pays(active, s_BF.numel() * density_scale, activation.training)
 
 
 @torch.no_grad()
@@ -281,16 +283,13 @@ def _look(block: _Block, activation: ActivationFunction, tokens: slice) -> Found
     if candidates.dtype == torch.bool:
         flat = candidates.view(-1).nonzero().squeeze(1)
         lengths = candidates.view(-1, n_latents).sum(1)
+    elif candidates.ndim == 1 or per_token < n_sites:
+        flat = candidates if candidates.ndim == 1 else _places(candidates.sort(1).values, block.s_BSF)
+        offsets = offsets_of_rows(flat // n_latents, n_tokens * n_sites)
+        lengths = offsets[1:] - offsets[:-1]
     else:
-        width = candidates.shape[1]
-        if per_token < n_sites:  # columns run over sites and latents: bring them into the order of sites
-            candidates = candidates.sort(1).values
-        first = torch.arange(0, block.s_BSF.numel(), block.s_BSF.numel() // len(candidates), device=candidates.device)
-        flat = (candidates + first[:, None]).view(-1)
-        if per_token < n_sites:
-            lengths = torch.bincount(flat // n_latents, minlength=n_tokens * n_sites)
-        else:
-            lengths = torch.full((n_tokens * n_sites,), width, device=candidates.device)
+        flat = _places(candidates, block.s_BSF)
+        lengths = torch.full((n_tokens * n_sites,), candidates.shape[1], device=candidates.device)
     indices = flat % (n_sites * n_latents)
     shared = block.product_BSF.shape[1] < n_sites
     source = flat // (n_sites * n_latents) * n_latents + flat % n_latents if shared else flat
@@ -299,31 +298,23 @@ def _look(block: _Block, activation: ActivationFunction, tokens: slice) -> Found
     return Found(lengths, indices.to(torch.int32), block.s_BSF.view(-1).index_select(0, flat), product_E, gate_E)
 
 
+def _places(columns_BC: Tensor, s_BSF: Tensor) -> Tensor:
+    """Columns of each row as places in the flattened block."""
+    first = torch.arange(0, s_BSF.numel(), s_BSF.numel() // len(columns_BC), device=s_BSF.device)
+    return (columns_BC + first[:, None]).view(-1)
+
+
 def _assemble(found: list[Found], activation: ActivationFunction, encoder: Encoder) -> _Picks:
     """Join the blocks and decide which entries are active."""
-    n_latents = encoder.n_latents
     s_E = torch.cat([f.s_E for f in found])
-    lengths = torch.cat([f.lengths for f in found])
     indices = torch.cat([f.indices for f in found])
+    offsets = offsets_of_lengths(torch.cat([f.lengths for f in found]))
     bias = encoder.parameters()[1]
     linear_E = torch.cat([f.product_E for f in found]) + bias.view(-1).index_select(0, indices % bias.numel())
     gates = [f.gate_E for f in found if f.gate_E is not None]
-    gate_E = torch.cat(gates) if gates else None
-    kept_E, in_window_E = activation.settle(s_E, indices // n_latents), None
-    if activation.loose:
-        rows = torch.repeat_interleave(torch.arange(len(lengths), device=s_E.device), lengths, output_size=len(s_E))
-        lengths = torch.zeros_like(lengths).index_add_(0, rows[kept_E], torch.ones_like(rows[kept_E]))
-        s_E, indices, linear_E = s_E[kept_E], indices[kept_E], linear_E[kept_E]
-        gate_E = None if gate_E is None else gate_E[kept_E]
-        kept_E = torch.ones_like(indices, dtype=torch.bool)
-    if activation.log_threshold is not None:
-        theta = activation.log_threshold.exp().to(s_E.dtype).view(-1)
-        theta_E = theta.index_select(0, indices % len(theta))
-        kept_E = kept_E & (s_E > theta_E)
-        in_window_E = ((s_E - theta_E).abs() < activation.window / 2) & (s_E > 0)
-    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=s_E.device)
-    offsets[1:] = lengths.cumsum(0)
-    return _Picks(Pattern(indices, offsets, encoder.n_sites * n_latents), linear_E, gate_E, kept_E, in_window_E)
+    chosen = activation.choose(s_E, Pattern(indices, offsets, encoder.n_sites * encoder.n_latents))
+    gate_E = chosen.of(torch.cat(gates)) if gates else None
+    return _Picks(chosen.pattern, chosen.of(linear_E), gate_E, chosen.kept_E, chosen.in_window_E)
 
 
 class _Attach(torch.autograd.Function):

@@ -16,9 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lm_saes import waiting
 from lm_saes.latents import kernels
-from lm_saes.latents.bounds import Bounds, loosened, segment_offsets
+from lm_saes.latents.bounds import Bounds, loosened
+from lm_saes.latents.kernels.plain import GROUPS_OF
 from lm_saes.latents.products import cpu_computes_in, product, product_dtype, rows_at_once
+from lm_saes.latents.segments import offsets_of_rows
 
 PROBE_ROWS = 128
 """So many tokens are tried first."""
@@ -38,6 +41,7 @@ def screening_pays(x_ND: Tensor, n_latents: int, k: int) -> bool:
     """Whether to try: float32 on a processor with faster half precision, and enough to multiply."""
     return (
         x_ND.device.type == "cpu"
+        and not waiting.waits_cost(x_ND.device)
         and x_ND.dtype == torch.float32
         and len(x_ND) >= FEWEST_TOKENS
         and len(x_ND) * x_ND.shape[1] * n_latents >= LARGE
@@ -105,7 +109,7 @@ def _top(bounds: Bounds, tokens: slice, k: int, n_candidates: int) -> _Screened:
     n_tokens, n_latents = bounds_BF.shape
     rows_E, columns_E, outside_B = _above_the_best(bounds_BF, min(n_candidates, n_latents))
     products_E, s_E = bounds.exact(tokens, rows_E, columns_E)
-    offsets = segment_offsets(rows_E, n_tokens).long()
+    offsets = offsets_of_rows(rows_E, n_tokens).long()
     width = int((offsets[1:] - offsets[:-1]).max())
     entries_E = torch.arange(len(s_E))
     places_E = entries_E + (torch.arange(n_tokens) * width - offsets[:-1]).index_select(0, rows_E)
@@ -117,19 +121,19 @@ def _top(bounds: Bounds, tokens: slice, k: int, n_candidates: int) -> _Screened:
     return _Screened(columns_E[entries_Bk], products_E[entries_Bk], proven_B)
 
 
-def _above_the_best(bounds_BF: Tensor, n: int, groups_of: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+def _above_the_best(bounds_BF: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """At least the n largest entries of each row (rows and columns, by row), and what the others do not exceed, `[B]`.
 
     Groups of columns (a group is what leaves the same remainder) are compared by their maxima; the entries that reach
     the n-th largest maximum lie in the groups of the n largest.
     """
     n_rows, n_latents = bounds_BF.shape
-    n_groups = n_latents // groups_of
-    if n_latents % groups_of or n_groups < 2 * n:
+    n_groups = n_latents // GROUPS_OF
+    if n_latents % GROUPS_OF or n_groups < 2 * n:
         best = bounds_BF.topk(n, dim=1, sorted=False)
         rows = torch.arange(n_rows).repeat_interleave(n)
         return rows, best.indices.view(-1), best.values.amin(1)
-    maxima = bounds_BF.view(n_rows, groups_of, n_groups).amax(1).topk(n, dim=1, sorted=False)
+    maxima = bounds_BF.view(n_rows, GROUPS_OF, n_groups).amax(1).topk(n, dim=1, sorted=False)
     least_B = maxima.values.amin(1)
     within = torch.arange(0, n_latents, n_groups)
     columns_BX = (maxima.indices[:, :, None] + within).view(n_rows, -1)
@@ -161,16 +165,16 @@ def batch_products(
     return rows_E[likely_E], columns_E[likely_E], products_E[likely_E], s_E[likely_E]
 
 
-def _above_the_batch(bounds_BF: Tensor, n: int, groups_of: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+def _above_the_batch(bounds_BF: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """At least the n largest positive entries of a block (places in the flattened block, ascending; bounds), and what
     the others do not exceed."""
     n_rows, n_latents = bounds_BF.shape
-    n_groups = n_latents // groups_of
-    if n_latents % groups_of or n_rows * n_groups <= n:
+    n_groups = n_latents // GROUPS_OF
+    if n_latents % GROUPS_OF or n_rows * n_groups <= n:
         least = bounds_BF.float().flatten().topk(min(n, bounds_BF.numel()), sorted=False).values.amin().clamp(min=0)
         flat_E = (bounds_BF > least).view(-1).nonzero().squeeze(1)
         return flat_E, bounds_BF.view(-1).index_select(0, flat_E).float(), least
-    maxima_BG = bounds_BF.view(n_rows, groups_of, n_groups).amax(1).float()
+    maxima_BG = bounds_BF.view(n_rows, GROUPS_OF, n_groups).amax(1).float()
     least = maxima_BG.flatten().topk(n, sorted=False).values.amin().clamp(min=0)
     rows_X, groups_X = (maxima_BG > least).nonzero().unbind(1)
     flat_XM = (rows_X * n_latents + groups_X)[:, None] + torch.arange(0, n_latents, n_groups)

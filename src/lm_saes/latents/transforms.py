@@ -21,6 +21,7 @@ from torch import Tensor
 from lm_saes.latents import kernels
 from lm_saes.latents.codes import Code, DenseCode, Pattern, SparseCode
 from lm_saes.latents.density import sparse_pays
+from lm_saes.latents.segments import offsets_of_lengths
 
 DENSITY_SCALE = 3.0
 """How many times denser than an autoencoder's a code may be before dense products win: a map costs more than a
@@ -70,9 +71,8 @@ def active_code(f_NF: Tensor) -> Code:
     if not sparse_pays(int(lengths_N.sum()), f_NF.numel() * DENSITY_SCALE):
         return DenseCode(f_NF)
     flat_E = active_NF.view(-1).nonzero().squeeze(1)
-    offsets = torch.zeros(len(f_NF) + 1, dtype=torch.int32, device=f_NF.device)
-    offsets[1:] = lengths_N.cumsum(0)
-    pattern = Pattern((flat_E % f_NF.shape[1]).to(torch.int32), offsets, f_NF.shape[1])
+    indices_E = (flat_E % f_NF.shape[1]).to(torch.int32)
+    pattern = Pattern(indices_E, offsets_of_lengths(lengths_N), f_NF.shape[1])
     return SparseCode(f_NF.reshape(-1).index_select(0, flat_E), pattern)
 
 
@@ -95,10 +95,9 @@ def _part(code: Code, first: int, n: int) -> SparseCode | DenseCode:
     if not isinstance(code, SparseCode):
         return DenseCode(code.dense()[:, first : first + n])
     here_E = (code.indices >= first) & (code.indices < first + n)
-    before = torch.zeros(len(here_E) + 1, dtype=torch.int32, device=here_E.device)
-    before[1:] = here_E.cumsum(0)
     entries = here_E.nonzero().squeeze(1)
-    pattern = Pattern(code.indices.index_select(0, entries) - first, before.index_select(0, code.offsets), n)
+    offsets = offsets_of_lengths(here_E).index_select(0, code.offsets)
+    pattern = Pattern(code.indices.index_select(0, entries) - first, offsets, n)
     return SparseCode(code.values.index_select(0, entries), pattern)
 
 

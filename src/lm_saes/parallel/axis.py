@@ -35,22 +35,22 @@ class SharedAxis(Axis):
     def smallest(self, v: Tensor) -> Tensor:
         return self.reduce(v.detach().clone(memory_format=torch.contiguous_format), dist.ReduceOp.MIN)
 
-    def top(self, candidates_RC: Tensor, k: int) -> Tensor:
+    def top(self, candidates_RC: Tensor, k: int, limit: Tensor | None = None) -> Tensor:
         """Each process offers its k best; equal values are taken in the order of places."""
         n_rows, n_own = candidates_RC.shape
-        widest = -int(self.smallest(torch.tensor(-n_own, device=candidates_RC.device)))
-        width = min(k, widest)
+        width = min(k, -int(self.smallest(torch.tensor(-n_own))))
         offered_RK = candidates_RC.new_full((n_rows, width), -torch.inf)
         best = candidates_RC.topk(min(width, n_own), dim=1)
         offered_RK[:, : best.values.shape[1]] = best.values
         all_RX = self.gather(offered_RK).transpose(0, 1).flatten(1)
         order_RX = all_RX.argsort(dim=1, descending=True, stable=True)[:, :k]
-        chosen_RX = torch.zeros_like(all_RX, dtype=torch.bool).scatter_(1, order_RX, True)
+        within = torch.arange(order_RX.shape[1], device=order_RX.device) < (k if limit is None else limit)
+        chosen_RX = torch.zeros_like(all_RX, dtype=torch.bool).scatter_(1, order_RX, within.expand_as(order_RX))
         mine_RK = chosen_RX[:, self.place * width : self.place * width + best.indices.shape[1]]
         return torch.zeros_like(candidates_RC, dtype=torch.bool).scatter_(1, best.indices, mine_RK)
 
     def join(self, rows: Tensor) -> Tensor:
-        lengths = self.gather(torch.tensor([len(rows)], device=rows.device)).flatten().tolist()
+        lengths = self.gather(torch.tensor([len(rows)])).flatten().tolist()
         padded = rows.new_zeros(max(lengths), *rows.shape[1:])
         padded[: len(rows)] = rows
         flags = padded.to(torch.uint8) if padded.dtype == torch.bool else padded

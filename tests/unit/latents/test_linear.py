@@ -101,7 +101,7 @@ def test_gradients_of_a_fixed_selection(monkeypatch: pytest.MonkeyPatch, glu: bo
     relu = activation("relu", 8)
     monkeypatch.setattr(relu, "judges_entries", False)
     monkeypatch.setattr(relu, "candidates", lambda s_BF, rows: fixed[rows])
-    monkeypatch.setattr(relu, "settle", lambda s_E, sites_E: ~turned_down)
+    monkeypatch.setattr(relu, "settle", lambda s_E, pattern: (None, ~turned_down))
     monkeypatch.setattr(products, "BLOCK_BYTES", 4 * 8 * 4)
     problem = Problem("relu", gated=False, glu=glu, n_tokens=6, d_sae=8)
     parts = [problem.x_ND, problem.W_DF, problem.b_F]

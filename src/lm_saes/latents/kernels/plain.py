@@ -11,7 +11,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 GROUPS_OF = 16
-"""Columns of one group in the first stage of a selection."""
+"""Columns of one group in the first stage of every selection of the largest."""
 CACHED_BYTES = 1 << 20
 """Size, for each thread, of what several passes follow each other on: half of a core's second-level cache."""
 
@@ -41,18 +41,18 @@ def transpose(indices_E: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
     return order_E, torch.searchsorted(ids_E, latents, out_int32=True)
 
 
-def top_columns(s_BF: Tensor, k: int, groups_of: int = GROUPS_OF) -> Tensor:
+def top_columns(s_BF: Tensor, k: int) -> Tensor:
     """Columns of the k largest entries of each row, `[B, k]` (int64).
 
     Two stages, several times faster than one: the k groups with the largest maxima hold the k largest entries, since
     whatever is among these makes its group's maximum at least as large.
     """
     n_rows, n_latents = s_BF.shape
-    n_groups = n_latents // groups_of
+    n_groups = n_latents // GROUPS_OF
     if n_groups < 2 * k:
         return s_BF.topk(k, dim=1, sorted=False).indices
-    whole = n_groups * groups_of  # the group of a column is its remainder by n_groups
-    maxima_BG = s_BF[:, :whole].view(n_rows, groups_of, n_groups).amax(1)
+    whole = n_groups * GROUPS_OF  # the group of a column is its remainder by n_groups
+    maxima_BG = s_BF[:, :whole].view(n_rows, GROUPS_OF, n_groups).amax(1)
     groups_Bk = maxima_BG.topk(k, dim=1, sorted=False).indices
     starts = torch.arange(0, whole, n_groups, device=s_BF.device)
     columns_BC = (groups_Bk[:, None, :] + starts[:, None]).flatten(1)
