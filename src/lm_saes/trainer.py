@@ -1,4 +1,4 @@
-"""The training loop: `_loop` says when, `_update` says what. `cur_step` counts completed updates, everywhere."""
+"""The training loop: `_loop` says when, `update` says what. `cur_step` counts completed updates, everywhere."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from lm_saes.training import checkpoint, resume, saving
 from lm_saes.training.attributes import RunAttributes
 from lm_saes.training.config import TrainerConfig
 from lm_saes.training.dead_latents import fired_latents
-from lm_saes.training.faults import explain, not_finite
 from lm_saes.training.loggers.base import Logger, Loggers
 from lm_saes.training.loggers.run import RunLogger
-from lm_saes.training.micro_batches import backward, take, valid_tokens, widths
-from lm_saes.training.optim import clip_gradients, gradient_norm, threshold_gradient_norm
+from lm_saes.training.micro_batches import take, widths
 from lm_saes.training.run import Run
+from lm_saes.training.update import update
 
 __all__ = ["Trainer", "TrainerConfig"]
 log = logging.getLogger(__name__)
@@ -99,7 +98,10 @@ class Trainer(RunAttributes):
         cfg, sae, summary = self.cfg, run.dictionary.train(), dict[str, float]()
         timetable = saving.Timetable(cfg, run)
         while self.cur_step < run.plan.total and (batches := take(stream, cfg.gradient_accumulation_steps, sae)):
-            self._update(run, batches)
+            update(run, cfg, self.cur_step, batches)
+            self.cur_step += 1
+            if not run.ledger.defers:
+                self._settle(run)
             logger.advance(self.cur_step)
             report = self._report(run) if self._due(cfg.log_frequency) else {}
             if eval_fn is not None and self._due(cfg.eval_frequency):
@@ -117,33 +119,21 @@ class Trainer(RunAttributes):
                 timetable.since = run.board.restart_clock()
         return summary
 
-    def _update(self, run: Run, batches: list[Batch]) -> None:
-        """One optimizer step over its micro-batches; not taken if anything is not finite."""
-        cfg, sae = self.cfg, run.dictionary
-        counts = valid_tokens(batches, sae.axes.tokens)
-        n_tokens = sum(counts)
-        run.set_schedules(self.cur_step)
-        settings = run.plan.loss_settings(self.cur_step)
-        passes = backward(sae, batches, counts, settings, run.board.dead.is_dead, cfg.amp_dtype)
-        norm = clipped = gradient_norm(sae)
-        losses = [term for _, terms in passes for term in terms.items()]
-        bad = not_finite([*losses, ("gradient", norm), ("threshold gradient", threshold_gradient_norm(sae))])
-        if bad and cfg.on_non_finite == "stop":
-            raise explain(self.cur_step + 1, bad, sae.cfg.associated_hook_points[0], batches)
-        if not bad:
-            if cfg.clip_grad_norm:
-                clipped = clip_gradients(sae, norm, cfg.clip_grad_norm)
-            run.optimizer.step()
-            run.board.step(passes, n_tokens, norm, clipped)
-        run.optimizer.zero_grad(set_to_none=True)
-        self.cur_step += 1
-        self.cur_tokens += n_tokens
-        self.skipped_steps += bool(bad)
+    def _settle(self, run: Run) -> None:
+        """Count tokens, and steps that were left out, that are not counted yet: before reports and saves at the latest.
+
+        Raises:
+            TrainingError: a step was not finite, and `on_non_finite="stop"`.
+        """
+        tokens, skipped = run.ledger.settle()
+        self.cur_tokens += tokens
+        self.skipped_steps += skipped
 
     def _due(self, frequency: int) -> bool:
         return self.cur_step % frequency == 0 or self.cur_step == self.total_training_steps
 
     def _report(self, run: Run) -> dict[str, float]:
+        self._settle(run)
         skipped = {"details/skipped_steps": float(self.skipped_steps)} if self.skipped_steps else {}
         return run.board.report() | run.details(self.cur_step - 1, self.cur_tokens) | skipped
 
@@ -175,6 +165,7 @@ class Trainer(RunAttributes):
 
     def _finish(self, run: Run) -> bool:
         """Save the dictionary and, unless none are wanted, a last checkpoint; whether the stream ended early."""
+        self._settle(run)
         ended_early, stopped_by = self.cur_step < run.plan.total, self._stopped_by
         if ended_early and stopped_by is None:
             log.warning("the stream ended at step %d of %d; resume with more data", self.cur_step, run.plan.total)
@@ -209,6 +200,7 @@ class Trainer(RunAttributes):
     def save_checkpoint(self, sae: AbstractSparseAutoEncoder, path: Path | str) -> None:
         """Save everything that training goes on from to `path/checkpoints/step_{cur_step}/`, whole or not at all."""
         run = self._begun("save_checkpoint")
+        self._settle(run)
         directory = checkpoint.checkpoint_directory(path, self.cur_step)
         if directory != self._saved:
             progress = {name: getattr(self, name) for name in _PROGRESS}

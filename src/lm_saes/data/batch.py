@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lm_saes import waiting
 from lm_saes.errors import DataError
 
 Batch = dict[str, Any]
@@ -17,6 +18,8 @@ of shape `[batch]` or `[batch, seq]`; optional `meta`, a list with one dict per 
 
 def check_batch(batch: Mapping[str, Any], widths: Mapping[str, int]) -> None:
     """Check that `batch` holds finite activations of the given width for every hook point, with tokens to match.
+
+    Values are looked at only where that costs no wait for a device: on the CPU, before a batch is copied.
 
     Raises:
         DataError: naming what is wrong, the shape seen and the shape wanted.
@@ -39,7 +42,7 @@ def _check_mask(mask: Any, shape: tuple[int, ...]) -> None:
         return
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
         raise DataError(f"batch: 'mask' is {_seen(mask)}; give it the shape of 'tokens', {list(shape)}")
-    if not bool(mask.any()):
+    if not waiting.waits_cost(mask.device) and not bool(mask.any()):
         raise DataError(
             f"batch: 'mask' of shape {list(shape)} masks every token; leave such batches out or see to ignore_token_ids"
         )
@@ -57,7 +60,7 @@ def _check_activations(hook_point: str, x: Any, wanted: tuple[int, ...], batch: 
     if not x.is_floating_point():
         raise DataError(f"batch: hook point {hook_point!r} holds {x.dtype}; give floating-point activations")
     # A sum is finite unless an entry is not, or the sum overflows: cheap, with a second look only in those cases.
-    if not bool(x.sum(dtype=torch.float32).isfinite()):
+    if not waiting.waits_cost(x.device) and not bool(x.sum(dtype=torch.float32).isfinite()):
         bad = int((~x.isfinite()).sum())
         if bad:
             raise DataError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -25,6 +25,7 @@ from lm_saes.dictionaries.selection import Selecting
 from lm_saes.errors import CheckpointError, ConfigError
 from lm_saes.latents.axis import Axes
 from lm_saes.latents.codes import Code
+from lm_saes.losses.dead_latents import DeadList
 from lm_saes.losses.objective import objective
 from lm_saes.losses.settings import LossSettings
 
@@ -92,8 +93,8 @@ class AbstractSparseAutoEncoder(Initializing, Selecting, Normalizing, Stored, AB
         """The pre-activation penalty `l_p` (JumpReLU only), without its coefficient."""
 
     @abstractmethod
-    def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:
-        """AuxK over the latents numbered in `dead`, without its coefficient."""
+    def dead_latent_loss(self, record: Record, dead: Sequence[DeadList], k_aux: int) -> Tensor:
+        """AuxK over the `dead` latents (one list, or one for each layer), without its coefficient."""
 
     def denormalize_activations(self, batch: Mapping[str, Any], reconstruction: Tensor) -> Tensor:
         """Bring a reconstruction of the (raw) `batch` back to the raw scale."""

@@ -11,7 +11,7 @@ Source: Ameisen et al. 2025, Circuit Tracing (transformer-circuits.pub/2025/attr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,7 +26,7 @@ from lm_saes.dictionaries.sites import SitedDictionary, side_by_side
 from lm_saes.latents.codes import Code
 from lm_saes.latents.hidden import Hidden
 from lm_saes.latents.linear import LayeredEncoder, LinearEncoder
-from lm_saes.losses.dead_latents import strongest
+from lm_saes.losses.dead_latents import DeadList, strongest
 
 
 class CLTConfig(BaseSAEConfig):
@@ -158,13 +158,13 @@ class CrossLayerTranscoder(SitedDictionary):
         short_L = [self.shortfall(Hidden.around(h_NF), norm_F, record.mask, layer) for layer, (h_NF, norm_F) in layers]
         return record.row_mean_of_sum(self.axes.latents.leave(torch.stack(short_L).sum()))
 
-    def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:
+    def dead_latent_loss(self, record: Record, dead: Sequence[DeadList], k_aux: int) -> Tensor:
         scale_LF = self.selection_scale(record.norm)
         written = []
         for i, (x_ND, D_FTD) in enumerate(zip(record.input, self.decoders, strict=True)):
-            here = dead[dead // self.n_latents == i] % self.n_latents
+            here = dead[i].latents
             h_NX = LinearEncoder(self.W_E[i], self.b_E[i]).rows(here).pre_activations(x_ND)
-            f_NX = strongest(h_NX, None if scale_LF is None else scale_LF[i, here], k_aux, self.axes.latents)
+            f_NX = strongest(h_NX, dead[i].scale(None if scale_LF is None else scale_LF[i]), k_aux, self.axes.latents)
             written.append(f_NX @ D_FTD.index_select(0, here).flatten(1))
         error_LND = (record.label - record.reconstruction).detach()
         difference = error_LND - self._add_up(written, bias=False)

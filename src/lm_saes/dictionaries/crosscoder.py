@@ -10,7 +10,7 @@ latent's weights in all heads lie together and the products of all heads are one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,7 +24,7 @@ from lm_saes.dictionaries.sites import SitedDictionary, side_by_side
 from lm_saes.latents.codes import Code
 from lm_saes.latents.hidden import Hidden
 from lm_saes.latents.linear import LinearEncoder
-from lm_saes.losses.dead_latents import auxk
+from lm_saes.losses.dead_latents import DeadList, auxk
 
 
 class CrossCoderConfig(BaseSAEConfig):
@@ -113,13 +113,13 @@ class CrossCoder(SitedDictionary):
         short_H = [self.shortfall(hidden, norm_F, record.mask) for norm_F in record.norm]
         return record.row_mean_of_sum(self.axes.latents.leave(torch.stack(short_H).sum()))
 
-    def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:
-        scale_HF = self.selection_scale(record.norm)
-        h_NX = self.encoder.rows(dead).pre_activations(side_by_side(record.input))
+    def dead_latent_loss(self, record: Record, dead: Sequence[DeadList], k_aux: int) -> Tensor:
+        scale_HF, latents = self.selection_scale(record.norm), dead[0].latents
+        h_NX = self.encoder.rows(latents).pre_activations(side_by_side(record.input))
         losses = []
         for head, W_FD in enumerate(self.W_D):
-            scale_X = None if scale_HF is None else scale_HF[head, dead]
-            losses.append(auxk(record, h_NX, scale_X, W_FD.index_select(0, dead), k_aux, head))
+            scale_X = dead[0].scale(None if scale_HF is None else scale_HF[head])
+            losses.append(auxk(record, h_NX, scale_X, W_FD.index_select(0, latents), k_aux, head))
         return torch.stack(losses).mean()
 
     # -- norms, folding --------------------------------------------------------------------------------------------

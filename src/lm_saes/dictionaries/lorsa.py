@@ -13,7 +13,7 @@ Letters: B contexts, S positions, N = B * S tokens, G query-key heads, E their w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from lm_saes.latents.attention import HeadNorm, attend, contexts, pattern, proje
 from lm_saes.latents.codes import Code
 from lm_saes.latents.dense_select import select
 from lm_saes.latents.hidden import Hidden
-from lm_saes.losses.dead_latents import auxk
+from lm_saes.losses.dead_latents import DeadList, auxk
 
 if TYPE_CHECKING:
     from lm_saes.data.model_weights import AttentionWeights
@@ -127,9 +127,10 @@ class LowRankSparseAttention(SingleDictionary):
         hidden = Hidden.around(_hidden(record))
         return record.row_mean_of_sum(self.axes.latents.leave(self.shortfall(hidden, record.norm[0], record.mask)))
 
-    def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:
-        scale_F, h_NX = self.selection_scale(record.norm[0]), _hidden(record).index_select(1, dead)
-        return auxk(record, h_NX, None if scale_F is None else scale_F[dead], self.W_O.index_select(0, dead), k_aux)
+    def dead_latent_loss(self, record: Record, dead: Sequence[DeadList], k_aux: int) -> Tensor:
+        scale_X, latents = dead[0].scale(self.selection_scale(record.norm[0])), dead[0].latents
+        h_NX = _hidden(record).index_select(1, latents)
+        return auxk(record, h_NX, scale_X, self.W_O.index_select(0, latents), k_aux)
 
     # -- norms, folding --------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ needs lies together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -25,7 +25,7 @@ from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import Code, DenseCode
 from lm_saes.latents.linear import encode
 from lm_saes.latents.transforms import DENSITY_SCALE, Transforms, active_code
-from lm_saes.losses.dead_latents import strongest
+from lm_saes.losses.dead_latents import DeadList, strongest
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -122,13 +122,14 @@ class MixtureOfLinearTransform(LinearlyEncoded):
 
     # -- losses ----------------------------------------------------------------------------------------------------
 
-    def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:
+    def dead_latent_loss(self, record: Record, dead: Sequence[DeadList], k_aux: int) -> Tensor:
         """As for an autoencoder: what the dead transforms make of the input is to explain the error."""
         x_ND, scale_F = record.input[0], self.selection_scale(record.norm[0])
-        h_NX = self.encoder.rows(dead).pre_activations(x_ND)
-        f_NX = strongest(h_NX, None if scale_F is None else scale_F[dead], k_aux, self.axes.latents)
+        latents = dead[0].exact
+        h_NX = self.encoder.rows(latents).pre_activations(x_ND)
+        f_NX = strongest(h_NX, None if scale_F is None else scale_F.index_select(0, latents), k_aux, self.axes.latents)
         error_ND = (record.label[0] - record.reconstruction[0]).detach()
-        y_ND = self.axes.latents.leave(self.transforms.select(dead).mix(active_code(f_NX), x_ND))
+        y_ND = self.axes.latents.leave(self.transforms.select(latents).mix(active_code(f_NX), x_ND))
         difference = error_ND - y_ND
         return record.token_mean(torch.linalg.vecdot(difference, difference))
 

@@ -10,7 +10,7 @@ latent's weights lie together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ from lm_saes.dictionaries.rows import active_directions, flat_mask, scale_to, va
 from lm_saes.dictionaries.single import LinearlyEncoded, SingleConfig
 from lm_saes.latents.codes import Code
 from lm_saes.latents.linear import LinearEncoder, encode
-from lm_saes.losses.dead_latents import auxk
+from lm_saes.losses.dead_latents import DeadList, auxk
 
 MLP_ROWS = 4096
 """Rows that go through the model's MLP at a time: its hidden layer is several times wider than the model."""
@@ -98,10 +98,10 @@ class SparseAutoEncoder(LinearlyEncoded):
 
     # -- losses ----------------------------------------------------------------------------------------------------
 
-    def dead_latent_loss(self, record: Record, dead: Tensor, k_aux: int) -> Tensor:
-        scale_F = self.selection_scale(record.norm[0])
-        h = self.encoder.rows(dead).pre_activations(record.input[0])
-        return auxk(record, h, None if scale_F is None else scale_F[dead], self.W_D.index_select(0, dead), k_aux)
+    def dead_latent_loss(self, record: Record, dead: Sequence[DeadList], k_aux: int) -> Tensor:
+        scale_X, latents = dead[0].scale(self.selection_scale(record.norm[0])), dead[0].latents
+        h_NX = self.encoder.rows(latents).pre_activations(record.input[0])
+        return auxk(record, h_NX, scale_X, self.W_D.index_select(0, latents), k_aux)
 
     # -- norms, folding --------------------------------------------------------------------------------------------
 

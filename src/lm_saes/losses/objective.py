@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lm_saes.dictionaries.record import Record
+from lm_saes.losses.dead_latents import list_dead
 from lm_saes.losses.settings import LossSettings
 from lm_saes.losses.sparsity import find_sparsity_loss
 
@@ -16,12 +18,17 @@ if TYPE_CHECKING:
 
 
 def objective(
-    dictionary: AbstractSparseAutoEncoder, record: Record, settings: LossSettings, is_dead: Tensor | None = None
+    dictionary: AbstractSparseAutoEncoder,
+    record: Record,
+    settings: LossSettings,
+    is_dead: Tensor | None = None,
+    dead_room: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """The loss terms of a record: `loss`, `l_rec` and, where they are switched on, `l_s`, `l_p`, `l_aux` (0-d tensors).
 
     Args:
         is_dead: bool (`[F]`, or `[S, F]`), which latents AuxK revives, as of before this batch; None: none.
+        dead_room: how many of each site AuxK has places for, so that nobody waits to count them; None: for all.
     """
     terms = {"l_rec": record.token_mean(record.squared_error)}
     if settings.sparsity_loss_type is not None:
@@ -29,10 +36,23 @@ def objective(
     if settings.lp_coefficient:
         terms["l_p"] = settings.lp_coefficient * dictionary.pre_activation_loss(record)
     if settings.auxk_coefficient:
-        dead = None if is_dead is None else is_dead.flatten().nonzero().squeeze(-1)
-        terms["l_aux"] = (
-            terms["l_rec"].new_zeros(())
-            if dead is None or not dictionary.axes.latents.total(torch.tensor(dead.numel()))
-            else settings.auxk_coefficient * dictionary.dead_latent_loss(record, dead, settings.k_aux)
-        )
+        terms["l_aux"] = _dead_latent_loss(dictionary, record, settings, is_dead, dead_room)
     return {"loss": sum(terms.values(), start=terms["l_rec"].new_zeros(())), **terms}
+
+
+def _dead_latent_loss(
+    dictionary: AbstractSparseAutoEncoder,
+    record: Record,
+    settings: LossSettings,
+    is_dead: Tensor | None,
+    room: Sequence[int] | None,
+) -> Tensor:
+    """AuxK times its coefficient: 0 if nothing is dead."""
+    nothing = record.squared_error.new_zeros(())
+    if is_dead is None:
+        return nothing
+    dead, latents = list_dead(is_dead, room), dictionary.axes.latents
+    if not latents.total(torch.tensor(sum(len(some.latents) for some in dead))):
+        return nothing
+    loss = settings.auxk_coefficient * dictionary.dead_latent_loss(record, dead, settings.k_aux)
+    return loss if room is None else torch.where(latents.total(is_dead.sum()) > 0, loss, nothing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ class StepFacts:
     """How many of these latents are dead after it (0-d; of a cross-layer transcoder `[L]`, by layer)."""
     fired_counts: Tensor
     """On how many valid tokens each of these latents was active in this step, `[F]` (`[L, F]`)."""
+    one: Tensor
+    """1, to count steps with (0-d, where the other numbers are)."""
 
 
 class Metric(ABC):
@@ -50,6 +53,8 @@ class Metric(ABC):
     def __init__(self, dictionary: AbstractSparseAutoEncoder, window: int) -> None:
         self.dictionary, self.window = dictionary, window
         self.totals: dict[str, Tensor] = {}
+        self.taken: Tensor | None = None
+        """Whether the step that is being taken in counts (0-d bool), where only the device knows; None: it does."""
 
     @classmethod
     def applies(cls, dictionary: AbstractSparseAutoEncoder) -> bool:
@@ -79,16 +84,19 @@ class Metric(ABC):
         self.totals = {}
 
     def add(self, name: str, value: Tensor) -> None:
-        """Add to a running total."""
-        value = value.detach().to(torch.float64)
+        """Add to a running total; a step that was left out adds nothing."""
+        value = self._taken(value.detach().to(torch.float64), 0.0)
         known = self.totals.get(name)
         self.totals[name] = value.clone() if known is None else known.to(value.device) + value
 
     def largest(self, name: str, value: Tensor) -> None:
-        """Keep the largest of a window."""
-        value = value.detach().to(torch.float64)
+        """Keep the largest of a window, steps that were left out aside."""
+        value = self._taken(value.detach().to(torch.float64), -math.inf)
         known = self.totals.get(name)
         self.totals[name] = value.clone() if known is None else torch.maximum(known.to(value.device), value)
+
+    def _taken(self, value: Tensor, otherwise: float) -> Tensor:
+        return value if self.taken is None else torch.where(self.taken, value, otherwise)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The totals, for a checkpoint."""

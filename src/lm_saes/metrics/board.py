@@ -40,32 +40,61 @@ class Board:
         kinds = [m for m in Metric.registry if m.applies(dictionary) and (measuring or m.__name__ in _LOSS_ONLY)]
         self.metrics = [kind(dictionary, window) for kind in kinds]
         self._since = time.perf_counter()
-        self._tokens = 0
+        self._tokens: int | Tensor = 0
+        self._any_step: bool | Tensor = False
 
-    def step(self, passes: list[Pass], tokens: int, gradient_norm: Tensor, clipped_norm: Tensor) -> None:
-        """Take in one optimizer step of `tokens` valid tokens, and its gradient norms before and after clipping."""
-        self._tokens += tokens
-        zero = gradient_norm.new_zeros(())
-        facts = StepFacts(gradient_norm, clipped_norm, gradient_norm.new_tensor(tokens), zero, zero)
+    def step(
+        self,
+        passes: list[Pass],
+        tokens: int | Tensor,
+        gradient_norm: Tensor,
+        clipped_norm: Tensor,
+        taken: Tensor | None = None,
+    ) -> None:
+        """Take in one optimizer step of `tokens` valid tokens, and its gradient norms before and after clipping.
+
+        Args:
+            taken: whether it was taken (0-d bool), where only the device knows: one that was not leaves no trace.
+        """
+        if taken is None:
+            self._any_step = True
+        else:
+            self._any_step = self._any_step is True or taken | self._any_step
+            tokens = torch.where(taken, tokens, 0)
+        self._tokens = self._tokens + tokens
+        zero, one = gradient_norm.new_zeros(()), gradient_norm.new_ones(())
+        facts = StepFacts(gradient_norm, clipped_norm, one * tokens, zero, zero, one)
         if self.tracking:
             fired = torch.stack([self.dictionary.latent_counts(record) for record, _ in passes]).sum(0)
             fired = self.dictionary.axes.tokens.total(fired)
+            fired = fired if taken is None else torch.where(taken, fired, 0)
             facts = replace(facts, n_dead=self.dead.update(fired > 0, tokens).sum(-1), fired_counts=fired)
         for metric in self.metrics:
+            metric.taken = taken
             for record, terms in passes:
                 metric.observe(record, terms)
             metric.step(facts)
 
     def report(self) -> dict[str, float]:
-        """The metrics of the window that ends now."""
-        now = time.perf_counter()
-        values = {"details/tokens_per_second": self._tokens / max(now - self._since, 1e-9)}
+        """The metrics of the window that ends now. May wait for the device, so what is known late is refreshed too."""
+        self._forget_idle_window()
+        self._any_step = False
+        self.dead.make_room()
+        self.dictionary.activation_function.density.refresh()
+        tokens = float(self._tokens)
+        values = {"details/tokens_per_second": tokens / max(time.perf_counter() - self._since, 1e-9)}
         for metric in self.metrics:
             if metric.totals:
                 values |= metric.report()
                 metric.end_window()
         self.restart_clock()
         return values
+
+    def _forget_idle_window(self) -> None:
+        """If no step of this window was taken, its totals say nothing."""
+        if not self._any_step:
+            for metric in self.metrics:
+                metric.end_window()
 
     def restart_clock(self) -> float:
         """Leave the time until now, and the tokens, out of the rate; the time now, in seconds of `perf_counter`."""
@@ -74,6 +103,7 @@ class Board:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What a checkpoint keeps."""
+        self._forget_idle_window()
         yield "tokens_since_last_activation", self.dead.tokens_since_last_activation
         for metric in self.metrics:
             for name, total in metric.state_dict().items():
@@ -84,8 +114,10 @@ class Board:
         device = self.dead.tokens_since_last_activation.device
         self.dead.tokens_since_last_activation = tensors["tokens_since_last_activation"].to(device)
         self.dead.refresh()
+        self.dead.make_room()
         for metric in self.metrics:
             prefix = f"metrics.{type(metric).__name__}."
             metric.load_state_dict(
                 {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             )
+        self._any_step = any(metric.totals for metric in self.metrics)

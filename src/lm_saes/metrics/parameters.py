@@ -12,7 +12,7 @@ class Weights(Metric):
     """Mean norms of encoder and decoder directions, norm of the decoder bias, mean threshold: as of the report."""
 
     def step(self, facts: StepFacts) -> None:
-        self.totals = {"seen": torch.ones(())}
+        self.totals = {"seen": facts.one}
 
     @torch.no_grad()
     def report(self) -> dict[str, float]:
@@ -32,7 +32,7 @@ class Gradients(Metric):
     """Global gradient norms before and after clipping: mean over the window, and the largest as `..._max`."""
 
     def step(self, facts: StepFacts) -> None:
-        self.add("steps", torch.ones((), device=facts.gradient_norm.device))
+        self.add("steps", facts.one)
         for name in ("gradient_norm", "gradient_norm_before_clipping"):
             value: Tensor = getattr(facts, name)
             self.add(name, value)

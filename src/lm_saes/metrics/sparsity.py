@@ -42,15 +42,17 @@ class FiringFrequency(Metric):
     """
 
     def step(self, facts: StepFacts) -> None:
-        self.add("steps", torch.ones(()))
-        self.add("tokens", facts.n_tokens)
-        self.add("counts", facts.fired_counts)
-        if int(self.totals["steps"]) >= self.window:  # a CPU counter: no wait for the device
-            latest = {name: self.totals[name] for name in ("tokens", "counts")}
-            self.totals = {f"full_{name}": total for name, total in latest.items()}
+        for name, value in (("steps", facts.one), ("tokens", facts.n_tokens), ("counts", facts.fired_counts)):
+            self.add(name, value)
+        full = self.totals["steps"] >= self.window
+        for name in ("tokens", "counts"):
+            total, before = self.totals[name], self.totals.get(f"full_{name}")
+            self.totals[f"full_{name}"] = torch.where(full, total, 0.0 if before is None else before.to(total.device))
+        for name in ("steps", "tokens", "counts"):
+            self.totals[name] = torch.where(full, 0.0, self.totals[name])
 
     def report(self) -> dict[str, float]:
-        if "full_counts" not in self.totals:
+        if not float(self.totals.get("full_tokens", 0.0)):
             return {}
         frequency = self.totals["full_counts"] / self.totals["full_tokens"]
         values = self._shares(frequency, "")

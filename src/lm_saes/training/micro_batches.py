@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from lm_saes import waiting
 from lm_saes.data.batch import Batch, check_batch
 from lm_saes.data.peek import Peekable
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
@@ -13,6 +16,7 @@ from lm_saes.latents.axis import Axis
 from lm_saes.losses.objective import objective
 from lm_saes.losses.settings import LossSettings
 from lm_saes.metrics.board import Pass
+from lm_saes.training.dead_latents import DeadLatents
 from lm_saes.training.optim import storage_order
 from lm_saes.training.precision import mixed_precision
 
@@ -34,18 +38,21 @@ def take(stream: Peekable, n: int, sae: AbstractSparseAutoEncoder) -> list[Batch
     return batches[: int(sae.axes.everywhere.smallest(torch.tensor(len(batches))))]
 
 
-def valid_tokens(batches: list[Batch], tokens: Axis) -> list[int]:
-    """How many tokens of each whole batch count."""
-    counts = [batch["tokens"].numel() if batch.get("mask") is None else int(batch["mask"].sum()) for batch in batches]
-    return tokens.total(torch.tensor(counts)).tolist()
+def valid_tokens(batches: list[Batch], tokens: Axis) -> list[int] | list[Tensor]:
+    """How many tokens of each whole batch count: numbers, or (0-d) where reading them from the masks' device costs."""
+    masks = [batch["mask"] for batch in batches if batch.get("mask") is not None]
+    device = next((mask.device for mask in masks if waiting.waits_cost(mask.device)), None)
+    counts = [batch["tokens"].numel() if batch.get("mask") is None else batch["mask"].sum() for batch in batches]
+    total = tokens.total(torch.stack([torch.as_tensor(n, dtype=torch.int64, device=device) for n in counts]))
+    return total.tolist() if device is None else list(total.unbind())
 
 
 def backward(
     sae: AbstractSparseAutoEncoder,
     batches: list[Batch],
-    counts: list[int],
+    counts: Sequence[int | Tensor],
     settings: LossSettings,
-    is_dead: Tensor,
+    dead: DeadLatents,
     amp_dtype: torch.dtype | None,
 ) -> list[Pass]:
     """Forward, loss and backward of each batch: gradients of sums, divided once by the valid tokens of all together.
@@ -53,12 +60,14 @@ def backward(
     Args:
         counts: what `valid_tokens` says of the batches.
     """
+    total: int | Tensor = sum(counts)
     passes: list[Pass] = []
     for batch, count in zip(batches, counts, strict=True):
         with mixed_precision(amp_dtype, sae.cfg.device):
             record = sae.record(_on_device(batch, sae.cfg.device))
-            terms = objective(sae, record, settings, is_dead)
-        (terms["loss"] * (count / sum(counts))).backward()
+            terms = objective(sae, record, settings, dead.is_dead, dead.room)
+        share = (count / total.double()).to(terms["loss"]) if isinstance(total, Tensor) else count / total
+        (terms["loss"] * share).backward()
         passes.append((record, {name: value.detach() for name, value in terms.items()}))
     add_up_gradients(sae)
     return passes

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
+from lm_saes import waiting
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.metrics.board import Board
 from lm_saes.training.config import TrainerConfig
-from lm_saes.training.optim import build_optimizer
+from lm_saes.training.faults import Ledger
+from lm_saes.training.optim import FusedAdam, build_optimizer
 from lm_saes.training.plan import Plan, check_settings, make_plan
 
 
@@ -21,6 +23,7 @@ class Run:
     plan: Plan
     optimizer: Optimizer
     board: Board
+    ledger: Ledger
 
     @classmethod
     def begin(cls, cfg: TrainerConfig, dictionary: AbstractSparseAutoEncoder, batch_tokens: int) -> Run:
@@ -37,7 +40,9 @@ class Run:
             window=cfg.feature_sampling_window,
             dead_threshold=cfg.dead_threshold,
         )
-        return cls(dictionary, make_plan(cfg, batch_tokens), build_optimizer(cfg, dictionary), board)
+        plan, optimizer = make_plan(cfg, batch_tokens), build_optimizer(cfg, dictionary)
+        defers = waiting.waits_cost(dictionary.cfg.device) and isinstance(optimizer, FusedAdam)
+        return cls(dictionary, plan, optimizer, board, Ledger(stops=cfg.on_non_finite == "stop", defers=defers))
 
     def set_schedules(self, t: int) -> None:
         """Put k and the learning rates to what they are after `t` updates."""
