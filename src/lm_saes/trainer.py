@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from lm_saes.data.batch import Batch, check_batch
@@ -157,7 +156,7 @@ class Trainer(RunAttributes):
             if not first:
                 raise ConfigError("activation_stream: yields no batch to train on")
             check_batch(first[0], widths(sae.cfg))
-            self._run = Run.begin(self.cfg, sae, int(sae.axes.tokens.total(torch.tensor(first[0]["tokens"].numel()))))
+            self._run = Run.begin(self.cfg, sae, sae.axes.tokens.count(first[0]["tokens"].numel()))
             sae.provenance = started_from(sae.provenance)
         if self._run.dictionary is not sae:
             raise ConfigError("fit: this trainer has trained another dictionary; make a new Trainer for this one")

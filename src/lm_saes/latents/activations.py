@@ -185,8 +185,8 @@ class BatchTopK(ActivationFunction):
         if self.n_pools > 1:
             pool_E = pattern.rows % self.n_pools
             pools = [(pool_E == p).nonzero().squeeze(1) for p in range(self.n_pools)]
-        offered_P = self.axes.everywhere.total(torch.tensor([len(s_E[pool]) for pool in pools]))
-        short = bool((offered_P < self._budget).any())
+        offered = [self.axes.everywhere.count(len(s_E[pool])) for pool in pools]
+        short = min(offered) < self._budget
         if short and self._floor_P is not None and bool((self._floor_P > 0).any()):
             self._misses += 1
             self._floor_P = self._floor_P / 4 if self._misses == 1 else torch.zeros_like(self._floor_P)
@@ -231,7 +231,7 @@ class BatchTopK(ActivationFunction):
             self._limit = self.k * tokens.total(mask_N.sum()) // self.n_pools
         elif mask_N is not None:
             n_rows = int(mask_N.sum())
-        self._budget = self.k * int(tokens.total(torch.tensor(n_rows))) // self.n_pools
+        self._budget = self.k * tokens.count(n_rows) // self.n_pools
 
     def _pools(self, s_NF: Tensor) -> Tensor:
         """The entries of each pool, `[P, X]`; pools take turns by row."""

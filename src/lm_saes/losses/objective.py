@@ -52,7 +52,7 @@ def _dead_latent_loss(
     if is_dead is None:
         return nothing
     dead, latents = list_dead(is_dead, room), dictionary.axes.latents
-    if not latents.total(torch.tensor(sum(len(some.latents) for some in dead))):
+    if not latents.count(sum(len(some.latents) for some in dead)):
         return nothing
     loss = settings.auxk_coefficient * dictionary.dead_latent_loss(record, dead, settings.k_aux)
     return loss if room is None else torch.where(latents.total(is_dead.sum()) > 0, loss, nothing)

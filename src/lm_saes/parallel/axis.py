@@ -29,6 +29,12 @@ class SharedAxis(Axis):
     def total(self, v: Tensor) -> Tensor:
         return self.reduce(v.detach().clone(memory_format=torch.contiguous_format))
 
+    def count(self, n: int) -> int:
+        return int(self.reduce(torch.tensor(n)))
+
+    def fewest(self, n: int) -> int:
+        return int(self.reduce(torch.tensor(n), dist.ReduceOp.MIN))
+
     def add_up(self, own: Tensor) -> None:
         self.reduce(own)
 
@@ -38,7 +44,7 @@ class SharedAxis(Axis):
     def top(self, candidates_RC: Tensor, k: int, limit: Tensor | None = None) -> Tensor:
         """Each process offers its k best; equal values are taken in the order of places."""
         n_rows, n_own = candidates_RC.shape
-        width = min(k, -int(self.smallest(torch.tensor(-n_own))))
+        width = min(k, -self.fewest(-n_own))
         offered_RK = candidates_RC.new_full((n_rows, width), -torch.inf)
         best = candidates_RC.topk(min(width, n_own), dim=1)
         offered_RK[:, : best.values.shape[1]] = best.values

@@ -35,16 +35,21 @@ def take(stream: Peekable, n: int, sae: AbstractSparseAutoEncoder) -> list[Batch
     while len(batches) < n and (batch := next(stream, None)) is not None:
         check_batch(batch, widths(sae.cfg))
         batches.append(batch)
-    return batches[: int(sae.axes.everywhere.smallest(torch.tensor(len(batches))))]
+    return batches[: sae.axes.everywhere.fewest(len(batches))]
 
 
-def valid_tokens(batches: list[Batch], tokens: Axis) -> list[int] | list[Tensor]:
+def valid_tokens(batches: list[Batch], tokens: Axis) -> list[int | Tensor]:
     """How many tokens of each whole batch count: numbers, or (0-d) where reading them from the masks' device costs."""
-    masks = [batch["mask"] for batch in batches if batch.get("mask") is not None]
-    device = next((mask.device for mask in masks if waiting.waits_cost(mask.device)), None)
-    counts = [batch["tokens"].numel() if batch.get("mask") is None else batch["mask"].sum() for batch in batches]
-    total = tokens.total(torch.stack([torch.as_tensor(n, dtype=torch.int64, device=device) for n in counts]))
-    return total.tolist() if device is None else list(total.unbind())
+    counts = list[int | Tensor]()
+    for batch in batches:
+        mask = batch.get("mask")
+        if mask is None:
+            counts.append(tokens.count(batch["tokens"].numel()))
+        elif waiting.waits_cost(mask.device):
+            counts.append(tokens.total(mask.sum(dtype=torch.int64)))
+        else:
+            counts.append(tokens.count(int(mask.sum())))
+    return counts
 
 
 def backward(

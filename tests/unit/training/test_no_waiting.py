@@ -31,6 +31,7 @@ from lm_saes.data.batch import Batch
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.errors import TrainingError
 from lm_saes.latents import products
+from lm_saes.latents.axis import Axis
 from lm_saes.latents.codes import DenseCode, SparseCode
 from lm_saes.losses.dead_latents import list_dead, strongest
 from lm_saes.training import dead_latents
@@ -440,9 +441,9 @@ def test_the_strongest_are_the_same_without_counting(costly: Callable[[], None],
     draw = torch.Generator().manual_seed(0)
     h_ND, norm_D = torch.randn(9, 12, generator=draw), torch.rand(12, generator=draw)
     norm_D[3] = 0
-    want = strongest(h_ND, norm_D, k)
+    want = strongest(h_ND, norm_D, k, Axis())
     costly()
-    assert torch.equal(strongest(h_ND, norm_D, k), want)
+    assert torch.equal(strongest(h_ND, norm_D, k, Axis()), want)
 
 
 def test_a_resumed_run_goes_on_the_same(run: New, batches: New, costly: Callable[[], None]) -> None:
