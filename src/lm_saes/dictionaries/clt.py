@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lm_saes.dictionaries.config import ALL_ACTIVATIONS, BaseSAEConfig
 from lm_saes.dictionaries.files import check_fit
-from lm_saes.dictionaries.record import Record
+from lm_saes.dictionaries.record import Record, squared_length
 from lm_saes.dictionaries.rows import active_directions, scale_to, valid_rows
 from lm_saes.dictionaries.sites import SitedDictionary, side_by_side
 from lm_saes.latents.codes import Code
@@ -168,7 +168,7 @@ class CrossLayerTranscoder(SitedDictionary):
             written.append(f_NX @ D_FTD.index_select(0, here).flatten(1))
         error_LND = (record.label - record.reconstruction).detach()
         difference = error_LND - self._add_up(written, bias=False)
-        return record.token_mean(torch.linalg.vecdot(difference, difference))
+        return record.token_mean(squared_length(difference))
 
     # -- norms, folding --------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, ValidationInfo, model_validator
 from torch import Tensor, nn
 
-from lm_saes.dictionaries.record import Record
+from lm_saes.dictionaries.record import Record, squared_length
 from lm_saes.dictionaries.rows import flat_mask, scale_to
 from lm_saes.dictionaries.single import LinearlyEncoded, SingleConfig
 from lm_saes.errors import ConfigError
@@ -131,7 +131,7 @@ class MixtureOfLinearTransform(LinearlyEncoded):
         error_ND = (record.label[0] - record.reconstruction[0]).detach()
         y_ND = self.axes.latents.leave(self.transforms.select(latents).mix(active_code(f_NX), x_ND))
         difference = error_ND - y_ND
-        return record.token_mean(torch.linalg.vecdot(difference, difference))
+        return record.token_mean(squared_length(difference))
 
     # -- norms, folding --------------------------------------------------------------------------------------------
 

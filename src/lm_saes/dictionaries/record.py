@@ -57,8 +57,7 @@ class Record:
     @cached_property
     def squared_error(self) -> Tensor:
         """`||y_hat - y||^2` of each site and token, `[G, N]`; differentiable."""
-        difference = accumulable(self.reconstruction - self.label)
-        return torch.linalg.vecdot(difference, difference)
+        return squared_length(self.reconstruction - self.label)
 
     @cached_property
     def counts(self) -> Tensor:
@@ -93,3 +92,20 @@ class Record:
 def accumulable(x: Tensor) -> Tensor:
     """`x` in a type that sums can be made in: half precision becomes float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def squared_length(v: Tensor) -> Tensor:
+    """`||v||^2` over the last dimension; differentiable once. In float32 at least, under autocast too."""
+    return _SquaredLength.apply(accumulable(v))  # type: ignore[return-value]
+
+
+class _SquaredLength(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v):  # type: ignore[override]
+        ctx.save_for_backward(v)
+        return v.square().sum(-1)
+
+    @staticmethod
+    def backward(ctx, dlength):  # type: ignore[override]
+        (v,) = ctx.saved_tensors
+        return v * (2 * dlength)[..., None]

@@ -48,7 +48,7 @@ class Bounds:
         norm_N, lost_N = _round(x_ND - mean_D, self._x_NP[:, :width])
         lost_N += 2**-18 * torch.linalg.vector_norm(x_ND, dim=1)  # float32 sums, here and in the values themselves
         ones_N = torch.ones_like(norm_N)
-        _fill(self._x_NP[:, width:], [ones_N, ones_N, ones_N, lost_N * SLACK, norm_N * SLACK])
+        fill(self._x_NP[:, width:], [ones_N, ones_N, ones_N, lost_N * SLACK, norm_N * SLACK])
         self._W_FP = x_ND.new_empty(n_latents, padded, dtype=torch.bfloat16)
         shift_F, norm_F, lost_F = (torch.empty_like(b_F) for _ in range(3))
         for start in range(0, n_latents, LATENTS_AT_ONCE):
@@ -57,7 +57,7 @@ class Bounds:
             torch.mv(w_JD, mean_D, out=shift_F[some])
             norm_F[some], lost_F[some] = _round(w_JD, self._W_FP[some, :width])
         shift_F += b_F if scale_F is None else b_F * scale_F
-        _fill(self._W_FP[:, width:], [*_in_parts(shift_F, 3), norm_F * SLACK, lost_F * SLACK])
+        fill(self._W_FP[:, width:], [*in_parts(shift_F, 3), norm_F * SLACK, lost_F * SLACK])
 
     def blocks(self, first: int) -> list[slice]:
         """The tokens, in blocks; the first may be smaller."""
@@ -89,7 +89,7 @@ def _round(v_XD: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.vector_norm(v_XD, dim=1), torch.linalg.vector_norm(v_XD - out, dim=1)
 
 
-def _in_parts(v_F: Tensor, n: int) -> list[Tensor]:
+def in_parts(v_F: Tensor, n: int) -> list[Tensor]:
     """A float32 vector as n bfloat16 ones that add up to it."""
     parts = []
     for _ in range(n):
@@ -98,7 +98,7 @@ def _in_parts(v_F: Tensor, n: int) -> list[Tensor]:
     return parts
 
 
-def _fill(out_XP: Tensor, columns: list[Tensor]) -> None:
+def fill(out_XP: Tensor, columns: list[Tensor]) -> None:
     """Columns `[X]` side by side, then zeros."""
     out_XP[:, len(columns) :] = 0
     out_XP[:, : len(columns)] = torch.stack([column.to(torch.bfloat16) for column in columns], 1)

@@ -152,6 +152,14 @@ class Pattern:
         order, rows, offsets = self.by_latent
         return kernels.gather_sum(weights_E[order], rows, offsets, table_ND)
 
+    def row_dot(self, left_ND: Tensor, table_FD: Tensor) -> Tensor:
+        """`out[e] = <left[rows[e]], table[indices[e]]>`; on a CPU latent by latent: the table is read once."""
+        if table_FD.device.type != "cpu":
+            return kernels.row_dot(left_ND, table_FD, self.rows, self.indices, self.offsets)
+        order, rows, offsets = self.by_latent
+        products_E = kernels.row_dot(table_FD, left_ND, self.indices[order], rows, offsets)
+        return torch.empty_like(products_E).index_copy_(0, order, products_E)
+
     def latent_total(self, weights_E: Tensor) -> Tensor:
         """`out[f] = sum over entries e of latent f of weights[e]`: `[F]`."""
         return weights_E.new_zeros(self.n_latents).index_add_(0, self.indices, weights_E)
@@ -171,7 +179,7 @@ class _Decode(torch.autograd.Function):
         dy_ND = dy_ND.contiguous()
         dvalues = dW = None
         if ctx.needs_input_grad[0]:
-            dvalues = kernels.row_dot(dy_ND, W_FD, pattern.rows, pattern.indices, pattern.offsets)
+            dvalues = pattern.row_dot(dy_ND, W_FD)
         if ctx.needs_input_grad[1]:
             dW = pattern.latent_sum(values_E, dy_ND)
         return dvalues, dW, None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lm_saes import waiting
 from lm_saes.latents.activations import ActivationFunction, BatchTopK, TopK
+from lm_saes.latents.half import batch_in_half, half_pays, top_in_half
 from lm_saes.latents.screening import batch_products, products_in_full, screening_pays, top_in_full, top_products
 from lm_saes.latents.segments import offsets_of_rows
 
@@ -42,7 +43,8 @@ def find_best(
     if isinstance(activation, TopK) and _chooses_like(activation, TopK):
         return _best_of_each_token(x_ND, W_DF, b_F, activation, scale_F)
     if isinstance(activation, BatchTopK) and _chooses_like(activation, BatchTopK) and activation.training:
-        if activation.axes.everywhere.size == 1 and screening_pays(x_ND, len(b_F), activation.k):
+        alone = activation.axes.everywhere.size == 1
+        if alone and (half_pays(x_ND) or screening_pays(x_ND, len(b_F), activation.k)):
             return _best_of_the_batch(x_ND, W_DF, b_F, activation, scale_F, mask_N)
         return None
     if activation.judges_entries:
@@ -104,7 +106,9 @@ def _best_of_each_token(
     x_ND: Tensor, W_DF: Tensor, b_F: Tensor, activation: TopK, scale_F: Tensor | None
 ) -> Found:  # fmt: skip
     k, best = min(activation.k, len(b_F)), None
-    if screening_pays(x_ND, len(b_F), k):
+    if half_pays(x_ND):
+        best = top_in_half(x_ND, W_DF, b_F, scale_F, k)
+    elif screening_pays(x_ND, len(b_F), k):
         best = top_products(x_ND, W_DF, b_F, scale_F, k)
     columns_Nk, products_Nk = best or top_in_full(x_ND, W_DF, b_F, scale_F, k)
     activation.offer(columns_Nk)
@@ -120,7 +124,8 @@ def _best_of_the_batch(
 ) -> Found | None:
     budget = activation.offer(mask_N, len(x_ND))
     valid_X = None if mask_N is None else mask_N.nonzero().squeeze(1)
-    best = batch_products(x_ND if valid_X is None else x_ND[valid_X], W_DF, b_F, scale_F, budget)
+    find = batch_in_half if half_pays(x_ND) else batch_products
+    best = find(x_ND if valid_X is None else x_ND[valid_X], W_DF, b_F, scale_F, budget)
     if best is None:
         return None
     rows_E, columns_E, products_E, s_E = best

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lm_saes import waiting
-from lm_saes.dictionaries.record import Record
+from lm_saes.dictionaries.record import Record, squared_length
 from lm_saes.latents.axis import Axis
 
 
@@ -69,7 +69,7 @@ def auxk(
     error_NM = (record.label[site] - record.reconstruction[site]).detach()
     latents = record.axes.latents
     difference = error_NM - latents.leave(strongest(hidden_pre_ND, norm_D, k_aux, latents) @ W_DM)
-    return record.token_mean(torch.linalg.vecdot(difference, difference))
+    return record.token_mean(squared_length(difference))
 
 
 def strongest(hidden_pre_ND: Tensor, norm_D: Tensor | None, k: int, latents: Axis) -> Tensor:
