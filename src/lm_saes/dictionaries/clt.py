@@ -124,7 +124,7 @@ class CrossLayerTranscoder(SitedDictionary):
         return h_RF.view(*x.shape[1:-1], self.cfg.n_layers, -1)
 
     def _decode_code(self, code: Code) -> Tensor:
-        return self._add_up([code.site(i).decode(self.decoders[i].flatten(1)) for i in range(self.cfg.n_layers)])
+        return self._add_up([code.site(i).decode(self.decoders[i]) for i in range(self.cfg.n_layers)])
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         f_LNF = feature_acts.flatten(0, -3).transpose(0, 1)

@@ -76,7 +76,8 @@ class CrossCoder(SitedDictionary):
     @property
     def encoder(self) -> LinearEncoder:
         """All heads' encoders as one, reading their inputs side by side."""
-        return LinearEncoder(self.W_E.reshape(-1, self.n_latents), self.b_E.sum(0), n_sites=self.cfg.n_heads)
+        W_XF = self.W_E.reshape(-1, self.n_latents)
+        return LinearEncoder(W_XF, self.b_E.sum(0), n_sites=self.cfg.n_heads, W_of=self.W_E)
 
     def hidden_pre(self, x: Tensor) -> Tensor:
         x_NX = side_by_side(x.flatten(1, -2))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lm_saes import waiting
 from lm_saes.latents import kernels
+from lm_saes.latents.row_gradients import RowGradients, receiver
 from lm_saes.latents.segments import offsets_of_lengths, offsets_of_rows
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class Code(ABC):
 
     @abstractmethod
     def decode(self, W_FD: Tensor) -> Tensor:
-        """`f W`: `[N, D]`, with gradients to the values and to `W` (`[F, D]`, or `[S, F, D]`: each site its own)."""
+        """`f W`: `[N, D]`, with gradients to the values and to `W` (`[F, ...]`, or `[S, F, D]`: each site its own)."""
 
     @abstractmethod
     def site(self, site: int) -> Code:
@@ -109,6 +110,11 @@ class Code(ABC):
         """`sum of function(v f)` over the rows in the mask: `[F]` (`[S, F]`); differentiable in the values and `v`."""
         entries = function(self.values * self.at(v_F))
         return self._valid_sums(entries.to(torch.promote_types(entries.dtype, torch.float32)), mask_N)
+
+    def _by_rows(self, W_FD: Tensor) -> Tensor:
+        """What `decode` takes as one row for each latent of each site."""
+        several = W_FD.shape[:-1].numel() > self.n_sites * self.n_latents  # rows of one latent
+        return W_FD.flatten(1) if several else W_FD.flatten(0, -2)
 
     def _valid_sums(self, entries: Tensor, mask_N: Tensor | None) -> Tensor:
         return self.sum_latents(entries if mask_N is None else entries * self.of_row(mask_N.to(entries.dtype)))
@@ -147,6 +153,13 @@ class Pattern:
         offsets = offsets_of_rows(self.rows.index_select(0, places), self.n_rows)
         return Pattern(self.indices.index_select(0, places), offsets, self.n_latents)
 
+    @cached_property
+    def touched(self) -> tuple[Tensor, Tensor]:
+        """The latents that have entries, ascending `[U]` int32, and their offsets among the entries by latent."""
+        offsets = self.by_latent[2]
+        latents = (offsets[1:] > offsets[:-1]).nonzero().squeeze(1)
+        return latents.to(torch.int32), torch.cat([offsets.index_select(0, latents), offsets[-1:]])
+
     def latent_sum(self, weights_E: Tensor, table_ND: Tensor) -> Tensor:
         """`out[f] = sum over entries e of latent f of weights[e] * table[rows[e]]`: `[F, D]`."""
         order, rows, offsets = self.by_latent
@@ -160,6 +173,15 @@ class Pattern:
         products_E = kernels.row_dot(table_FD, left_ND, self.indices[order], rows, offsets)
         return torch.empty_like(products_E).index_copy_(0, order, products_E)
 
+    def weight_gradient(self, weights_E: Tensor, table_ND: Tensor, taken_by: RowGradients | None) -> Tensor | None:
+        """What `latent_sum` gives; None if somebody takes it, as the rows of the latents that have entries."""
+        if taken_by is None:
+            return self.latent_sum(weights_E, table_ND)
+        order, rows, _ = self.by_latent
+        latents, offsets = self.touched
+        taken_by.add(self.n_latents, latents, kernels.gather_sum(weights_E[order], rows, offsets, table_ND))
+        return None
+
     def latent_total(self, weights_E: Tensor) -> Tensor:
         """`out[f] = sum over entries e of latent f of weights[e]`: `[F]`."""
         return weights_E.new_zeros(self.n_latents).index_add_(0, self.indices, weights_E)
@@ -167,8 +189,8 @@ class Pattern:
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values_E: Tensor, W_FD: Tensor, pattern: Pattern) -> Tensor:  # type: ignore[override]
-        ctx.pattern = pattern
+    def forward(ctx, values_E, W_FD, pattern, taken_by):  # type: ignore[override]
+        ctx.pattern, ctx.taken_by = pattern, taken_by
         ctx.save_for_backward(values_E, W_FD)
         return kernels.gather_sum(values_E, pattern.indices, pattern.offsets, W_FD)
 
@@ -181,8 +203,8 @@ class _Decode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dvalues = pattern.row_dot(dy_ND, W_FD)
         if ctx.needs_input_grad[1]:
-            dW = pattern.latent_sum(values_E, dy_ND)
-        return dvalues, dW, None
+            dW = pattern.weight_gradient(values_E, dy_ND, ctx.taken_by)
+        return dvalues, dW, None, None
 
 
 class SparseCode(Code):
@@ -231,7 +253,8 @@ class SparseCode(Code):
         )
 
     def decode(self, W_FD: Tensor) -> Tensor:
-        return _Decode.apply(self.values, W_FD.reshape(-1, W_FD.shape[-1]), self.pattern)  # type: ignore[return-value]
+        rows_FD = self._by_rows(W_FD)
+        return _Decode.apply(self.values, rows_FD, self.pattern, receiver(W_FD, rows_FD))  # type: ignore[return-value]
 
     def site(self, site: int) -> SparseCode:
         if self.n_sites == 1:
@@ -276,8 +299,8 @@ class DenseCode(Code):
         return self.values.view_as(self.values)
 
     def decode(self, W_FD: Tensor) -> Tensor:
-        if W_FD.ndim == 2:
-            return self.values @ W_FD
+        if self.n_sites == 1:
+            return self.values @ self._by_rows(W_FD)
         f_NSF = self.values.view(-1, self.n_sites, self.n_latents)
         return torch.einsum("nsf,sfd->nsd", f_NSF, W_FD).reshape(self.n_rows, -1)
 

@@ -46,7 +46,7 @@ class BlockwiseCode(DenseCode):
         self._mask_N, self._counts_F, self._totals_F = mask_N, counts_F, totals_F
 
     def decode(self, W_FD: Tensor) -> Tensor:
-        return _Decode.apply(self.values, W_FD.reshape(-1, W_FD.shape[-1]), self.recipes)  # type: ignore[return-value]
+        return _Decode.apply(self.values, self._by_rows(W_FD), self.recipes)  # type: ignore[return-value]
 
     def counts(self, mask_N: Tensor | None = None) -> Tensor:
         return self._counts_F if mask_N is self._mask_N else super().counts(mask_N)

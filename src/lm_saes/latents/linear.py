@@ -24,6 +24,7 @@ from lm_saes.latents.dense import encode_dense
 from lm_saes.latents.density import sparse_pays
 from lm_saes.latents.found import Found, find_best, find_best_of_layers
 from lm_saes.latents.products import product, product_dtype, rows_at_once
+from lm_saes.latents.row_gradients import RowGradients, receiver
 from lm_saes.latents.segments import offsets_of_lengths, offsets_of_rows
 from lm_saes.latents.thresholds import threshold_gradient
 
@@ -44,6 +45,8 @@ class LinearEncoder:
     gate_W_DF: Tensor | None = None
     gate_b_F: Tensor | None = None
     n_sites: int = 1
+    W_of: Tensor | None = None
+    """The parameter that `W_DF` is a view of, if it is not one itself."""
 
     def pre_activations(self, x_ND: Tensor) -> Tensor:
         """Dense `h [R, F]` in the bias's type, differentiable."""
@@ -96,6 +99,11 @@ class LinearEncoder:
         indices = pattern.indices % self.n_latents
         return Pattern(indices, pattern.offsets[:: self.n_sites], self.n_latents), x_ND
 
+    def receivers(self) -> list[RowGradients | None]:
+        """Who takes the gradients of weights and gate's weights as rows."""
+        of_W = receiver(self.W_DF if self.W_of is None else self.W_of, self.W_DF.T)
+        return [of_W, None if self.gate_W_DF is None else receiver(self.gate_W_DF, self.gate_W_DF.T)]
+
 
 @dataclass(frozen=True, eq=False)
 class LayeredEncoder:
@@ -140,6 +148,10 @@ class LayeredEncoder:
     def readers(self, x_ND: Tensor, pattern: Pattern) -> tuple[Pattern, Tensor]:
         """Entries are numbered by site and latent and read their own site's inputs: the code's pattern as it is."""
         return pattern, x_ND.view(len(x_ND) * self.n_sites, -1)
+
+    def receivers(self) -> list[RowGradients | None]:
+        """Who takes the gradient of the weights as rows."""
+        return [receiver(self.W_SDF, self.W_SDF.mT)]
 
 
 Encoder = LinearEncoder | LayeredEncoder
@@ -323,7 +335,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, W, b, gate_W_DF, gate_b_F, log_theta, scale_SF, window, picks, encoder):  # type: ignore[override]
         ctx.save_for_backward(x_ND, W, gate_W_DF, log_theta, scale_SF)
-        ctx.window, ctx.picks, ctx.encoder = window, picks, encoder
+        ctx.window, ctx.picks, ctx.encoder, ctx.receivers = window, picks, encoder, encoder.receivers()
         return picks.values_E
 
     @staticmethod
@@ -337,16 +349,17 @@ class _Attach(torch.autograd.Function):
             window_SF = picks.pattern.latent_total(torch.where(picks.in_window_E, dvalues_E, 0.0))
             dtheta = threshold_gradient(window_SF.view(-1, encoder.n_latents), log_theta, scale_SF, ctx.window)
         if picks.gate_E is None:
-            parts = [(dh_E, W)]
+            parts = [(dh_E, W, ctx.receivers[0])]
         else:
             dgate_E = dh_E * picks.linear_E * picks.gate_E * (1 - picks.gate_E)
-            parts = [(dh_E * picks.gate_E, W), (dgate_E, gate_W_DF)]
+            parts = [(dh_E * picks.gate_E, W, ctx.receivers[0]), (dgate_E, gate_W_DF, ctx.receivers[1])]
         pattern, inputs_XD = encoder.readers(x_ND, picks.pattern)
         grads: list[Tensor | None] = []
         dinputs_XD = torch.zeros_like(inputs_XD) if ctx.needs_input_grad[0] else None
-        for d_E, weights in parts:
+        for d_E, weights, taken_by in parts:
             rows_first = weights.transpose(-1, -2)  # latent-major, as gradients are written
-            grads.append(pattern.latent_sum(d_E, inputs_XD).view(rows_first.shape).transpose(-1, -2))
+            dW = pattern.weight_gradient(d_E, inputs_XD, taken_by)
+            grads.append(None if dW is None else dW.view(rows_first.shape).transpose(-1, -2))
             grads.append(pattern.latent_total(d_E).view(weights.shape[:-2] + weights.shape[-1:]))
             if dinputs_XD is not None:
                 table = rows_first.reshape(-1, rows_first.shape[-1])

@@ -13,11 +13,11 @@ from lm_saes.data.peek import Peekable
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.latents.axis import Axis
+from lm_saes.latents.row_gradients import collecting, storage_order
 from lm_saes.losses.objective import objective
 from lm_saes.losses.settings import LossSettings
 from lm_saes.metrics.board import Pass
 from lm_saes.training.dead_latents import DeadLatents
-from lm_saes.training.optim import storage_order
 from lm_saes.training.precision import mixed_precision
 
 
@@ -67,13 +67,15 @@ def backward(
     """
     total: int | Tensor = sum(counts)
     passes: list[Pass] = []
-    for batch, count in zip(batches, counts, strict=True):
-        with mixed_precision(amp_dtype, sae.cfg.device):
-            record = sae.record(_on_device(batch, sae.cfg.device))
-            terms = objective(sae, record, settings, dead.is_dead, dead.room)
-        share = (count / total.double()).to(terms["loss"]) if isinstance(total, Tensor) else count / total
-        (terms["loss"] * share).backward()
-        passes.append((record, {name: value.detach() for name, value in terms.items()}))
+    whole = sae.axes.tokens.size == 1
+    with collecting(sae.parameters() if whole else ()):
+        for batch, count in zip(batches, counts, strict=True):
+            with mixed_precision(amp_dtype, sae.cfg.device):
+                record = sae.record(_on_device(batch, sae.cfg.device))
+                terms = objective(sae, record, settings, dead.is_dead, dead.room)
+            share = (count / total.double()).to(terms["loss"]) if isinstance(total, Tensor) else count / total
+            (terms["loss"] * share).backward()
+            passes.append((record, {name: value.detach() for name, value in terms.items()}))
     add_up_gradients(sae)
     return passes
 

@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 from lm_saes.errors import ConfigError
 from lm_saes.latents import kernels
+from lm_saes.latents.axis import Axis
+from lm_saes.latents.row_gradients import RowGradients, carry_row_gradients, storage_order
 from lm_saes.training.config import TrainerConfig
 
 if TYPE_CHECKING:
@@ -22,12 +24,21 @@ class SparseAdam(Optimizer):
 
     Moments decay everywhere; moments take up the gradient, and weights move, only where the gradient is not zero:
     `w -= lr sqrt(1 - b2^t)/(1 - b1^t) m / (sqrt(v) + eps)`. A parameter whose gradient is all zero is skipped.
+
+    A gradient is a parameter's `grad`, or the rows that it carries (`RowGradients`). With `latents`, parameters are
+    parts of what is cut along that axis, and skipped where the gradient is zero in all of it.
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        latents: Axis | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+        self._latents = latents or Axis()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -36,22 +47,35 @@ class SparseAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and bool(p.grad.any()):
-                    self._update(p, p.grad, group)
+        listed = [(p, _gradient(p), group) for group in self.param_groups for p in group["params"]]
+        given = [(p, gradient, group) for p, gradient, group in listed if gradient is not None]
+        some = torch.stack([gradient.any().int() for _, gradient, _ in given]) if given else torch.zeros(0)
+        some = self._latents.total(some).tolist()
+        for (p, gradient, group), not_zero in zip(given, some, strict=True):
+            if not_zero:
+                self._update(p, gradient, group)
         return loss
 
-    def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if (carried := RowGradients.of(p)) is not None:
+                    carried.clear()
+
+    def _update(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         state["step"] += 1
-        order = storage_order(p)
-        rows = torch.arange(p.shape[order[0]] if order else 1, device=p.device)
-        weights, m, v = (x.permute(order).view(len(rows), -1) for x in (p, state["exp_avg"], state["exp_avg_sq"]))
-        gradient = grad.permute(order).reshape(len(rows), -1)
+        order, carried = storage_order(p), RowGradients.instead_of_grad(p)
+        if carried is not None:
+            n_rows, rows = carried.n_rows, carried.ids_U
+        else:
+            n_rows = p.numel() // p.shape[order[-1]] if order else 1
+            rows, gradient = torch.arange(n_rows, device=p.device), gradient.permute(order).reshape(n_rows, -1)
+        weights, m, v = (x.permute(order).view(n_rows, -1) for x in (p, state["exp_avg"], state["exp_avg_sq"]))
         (beta1, beta2), step = group["betas"], float(state["step"])
         kernels.sparse_adam(weights, m, v, gradient, rows, group["lr"], beta1, beta2, group["eps"], step)
 
@@ -81,12 +105,7 @@ class FusedAdam(torch.optim.Adam):
         return result
 
 
-def storage_order(p: Tensor) -> list[int]:
-    """The dimensions of a tensor in the order that they are stored in."""
-    return sorted(range(p.ndim), key=p.stride, reverse=True)
-
-
-def build_optimizer(cfg: TrainerConfig, dictionary: nn.Module) -> Optimizer:
+def build_optimizer(cfg: TrainerConfig, dictionary: AbstractSparseAutoEncoder) -> Optimizer:
     """The optimizer with one group per parameter, each with its name and full learning rate (`base_lr`).
 
     Raises:
@@ -95,7 +114,7 @@ def build_optimizer(cfg: TrainerConfig, dictionary: nn.Module) -> Optimizer:
     names = {p: name for name, p in dictionary.named_parameters()}
     groups: list[dict[str, Any]] = []
     known = {"default"}
-    for family in dictionary.get_parameters():  # type: ignore[operator]
+    for family in dictionary.get_parameters():
         for p in family["params"]:
             name = names[p]
             known |= {name, family["name"]}
@@ -106,8 +125,9 @@ def build_optimizer(cfg: TrainerConfig, dictionary: nn.Module) -> Optimizer:
         )
     for group in groups:
         group["lr"] = group["base_lr"]
+    carry_row_gradients(names, cfg.optimizer_class == "sparseadam")
     if cfg.optimizer_class == "sparseadam":
-        return SparseAdam(groups, betas=cfg.betas)
+        return SparseAdam(groups, betas=cfg.betas, latents=dictionary.axes.latents)
     if not cfg.optimizer_foreach:
         return torch.optim.Adam(groups, betas=cfg.betas, foreach=False, fused=False)
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in names)
@@ -159,7 +179,13 @@ def clip_gradients(dictionary: nn.Module, norm: Tensor, largest: float) -> Tenso
 
 def _gradients(dictionary: nn.Module, thresholds: bool) -> dict[str, Tensor]:
     return {
-        name: p.grad
+        name: gradient
         for name, p in dictionary.named_parameters()
-        if p.grad is not None and name.endswith("log_jumprelu_threshold") == thresholds
+        if name.endswith("log_jumprelu_threshold") == thresholds and (gradient := _gradient(p)) is not None
     }
+
+
+def _gradient(p: Tensor) -> Tensor | None:
+    """A parameter's gradient: its `grad`, or the values of the rows that it carries."""
+    carried = RowGradients.instead_of_grad(p)
+    return p.grad if carried is None else carried.values_UD

@@ -107,28 +107,53 @@ def sparse_adam(
         grad_RD: gradient of the rows in `rows_R` alone, which are all different (int32 or int64).
         step: number of this update, from 1 on.
     """
-    places_F = torch.full((len(p_FD),), -1, dtype=torch.int64, device=p_FD.device)
-    places_F.scatter_(0, rows_R.long(), torch.arange(len(rows_R), device=p_FD.device))
-    given = bool(len(rows_R))
+    rows_R, order_R = rows_R.long().sort()
+    if 2 * len(rows_R) < len(p_FD) and p_FD.dtype.itemsize >= 4:
+        return _sparse_adam_of_few(p_FD, m_FD, v_FD, grad_RD, rows_R, order_R, lr, beta1, beta2, eps, step)
     # torch's Adam adds eps after the bias correction: scaled by it, that is the same update
     settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps / (1 - beta2**step) ** 0.5,
                 "weight_decay": 0.0, "amsgrad": False, "maximize": False}  # fmt: skip
     steps = torch.full((), step, dtype=torch.float32, device=p_FD.device)
     n_rows = _rows_at_once(p_FD, 5 * p_FD.element_size() * p_FD.shape[1])
-    for places, *block in zip(places_F.split(n_rows), *(x.split(n_rows) for x in (p_FD, m_FD, v_FD)), strict=True):
+    blocks = list(zip(*(x.split(n_rows) for x in (p_FD, m_FD, v_FD)), strict=True))
+    starts = n_rows * torch.arange(len(blocks) + 1, device=p_FD.device)
+    bounds = torch.searchsorted(rows_R, starts).tolist()
+    for block, start, low, high in zip(blocks, starts.tolist()[:-1], bounds[:-1], bounds[1:], strict=True):
         p, m, v = parts = [x.contiguous() for x in block]
-        g = grad_RD.index_select(0, places.clamp(min=0)).to(p.dtype) if given else torch.zeros_like(p)
-        absent = places < 0
-        if given and bool(absent.any()):
-            g.masked_fill_(absent[:, None], 0.0)
-        zero = g == 0
-        before = p.clone() if bool(zero.any()) else None
+        rows, given = rows_R[low:high] - start, grad_RD.index_select(0, order_R[low:high]).to(p.dtype)
+        some_zero, g, kept = bool((given == 0).any()), given, rows[:0]
+        if len(given) < len(p):
+            g = torch.zeros_like(p).index_copy_(0, rows, given)
+            kept = torch.ones_like(g[:, 0], dtype=torch.bool).index_fill_(0, rows, False).nonzero().squeeze(1)
+        before = p.clone() if some_zero else p.index_select(0, kept)
         torch.ops.aten._fused_adam_([p], [g], [m], [v], [], [steps], **settings)
-        if before is not None:
-            torch.where(zero, before, p, out=p)
+        if some_zero:
+            torch.where(g == 0, before, p, out=p)
+        else:
+            p.index_copy_(0, kept, before)
         for x, part in zip(block, parts, strict=True):
             if part is not x:
                 x.copy_(part)
+
+
+def _sparse_adam_of_few(
+    p_FD: Tensor, m_FD: Tensor, v_FD: Tensor, grad_RD: Tensor, rows_R: Tensor, order_R: Tensor, lr: float,
+    beta1: float, beta2: float, eps: float, step: float,
+) -> None:  # fmt: skip
+    """The same where few rows have a gradient: the others only decay."""
+    m_FD.mul_(beta1)
+    v_FD.mul_(beta2)
+    size = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+    n_rows = _rows_at_once(p_FD, 5 * p_FD.element_size() * p_FD.shape[1])
+    for rows, order in zip(rows_R.split(n_rows), order_R.split(n_rows), strict=True):
+        g = grad_RD.index_select(0, order).to(p_FD.dtype)
+        m = m_FD.index_select(0, rows).add_(g, alpha=1 - beta1)
+        v = v_FD.index_select(0, rows).addcmul_(g, g, value=1 - beta2)
+        m_FD.index_copy_(0, rows, m)
+        v_FD.index_copy_(0, rows, v)
+        m.mul_(torch.ne(g, 0, out=g))  # a number, not a mask: masks are slow
+        p = p_FD.index_select(0, rows).addcdiv_(m, v.sqrt_().add_(eps), value=-size)
+        p_FD.index_copy_(0, rows, p)
 
 
 def _rows_at_once(like: Tensor, row_bytes: int) -> int:

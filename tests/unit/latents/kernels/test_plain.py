@@ -65,14 +65,29 @@ def test_sparse_adam_is_the_optimizer_without_its_dense_gradient(monkeypatch: py
     torch.testing.assert_close(v, optimizer.state[dense]["exp_avg_sq"])
 
 
-def test_sparse_adam_of_parameters_of_any_layout() -> None:
+@pytest.mark.parametrize("rows", [torch.tensor([4, 0, 3]), torch.tensor([4, 0])])
+def test_sparse_adam_of_parameters_of_any_layout(rows: torch.Tensor) -> None:
     draw = torch.Generator().manual_seed(0)
-    rows, gradient = torch.tensor([4, 0, 3]), torch.randn(3, 7, generator=draw)
+    gradient = torch.randn(len(rows), 7, generator=draw)
     p, m, v = state = [torch.rand(5, 7, generator=draw) for _ in range(3)]
     turned_p, turned_m, turned_v = turned = [x.T.contiguous().T for x in state]
     sparse_adam(p, m, v, gradient, rows, 0.01, 0.9, 0.99, 1e-8, 2)
     sparse_adam(turned_p, turned_m, turned_v, gradient, rows, 0.01, 0.9, 0.99, 1e-8, 2)
     assert all(torch.equal(x, y) for x, y in zip(state, turned, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_sparse_adam_is_the_same_whether_zeros_are_given_or_left_out(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    rows, gradient = torch.tensor([7, 1], dtype=torch.int32), torch.randn(2, 5, generator=draw).to(dtype)
+    gradient[0, 2] = 0
+    whole = torch.zeros(9, 5, dtype=dtype).index_copy(0, rows.long(), gradient)
+    few = [torch.rand(9, 5, generator=draw).to(dtype) for _ in range(3)]
+    all_of_them = [x.clone() for x in few]
+    sparse_adam(*few, gradient, rows, 0.01, 0.9, 0.99, 1e-8, 3)  # type: ignore[arg-type]
+    sparse_adam(*all_of_them, whole, torch.arange(9), 0.01, 0.9, 0.99, 1e-8, 3)  # type: ignore[arg-type]
+    for got, want in zip(few, all_of_them, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_sparse_adam_with_no_row_only_decays() -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lm_saes.latents.codes import Pattern
 from lm_saes.latents.kernels import cuda, cuda_selection, plain
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -176,6 +177,18 @@ def test_the_transpose_and_the_gradient_of_the_weights(shape: Shape) -> None:
     want.index_add_(0, e.indices.long(), e.weights[:, None] * e.left[e.rows.long()])
     got = cuda.gather_sum(e.weights[order], e.rows[order], offsets, e.left)
     torch.testing.assert_close(got, want)
+
+
+@shapes
+def test_the_gradient_of_the_latents_with_entries_alone(shape: Shape) -> None:
+    e = entries(shape)
+    order, offsets = cuda.transpose(e.indices, 2 * shape.n_latents + 1)  # more than half of them have none
+    whole = plain.gather_sum(e.weights[order], e.rows[order], offsets, e.left)
+    touched = Pattern(e.indices, e.offsets, 2 * shape.n_latents + 1).touched
+    assert touched[0].tolist() == e.indices.unique().tolist()
+    assert touched[0].dtype == touched[1].dtype == torch.int32
+    got = cuda.gather_sum(e.weights[order], e.rows[order], touched[1], e.left)
+    torch.testing.assert_close(got, whole[touched[0].long()])
 
 
 # -- selection -------------------------------------------------------------------------------------------------------
