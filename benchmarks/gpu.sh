@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks and times the CUDA kernels, then times a training step and lists where it waits for the device; one table.
+# Checks and times the CUDA kernels, then times a training step, and fails where it waits for the device; one table.
 #
 #   benchmarks/gpu.sh                        on a machine with CUDA
 #   benchmarks/gpu.sh --device cpu --quick   a smoke test

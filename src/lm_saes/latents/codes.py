@@ -259,14 +259,24 @@ class SparseCode(Code):
     def site(self, site: int) -> SparseCode:
         if self.n_sites == 1:
             return self
-        here_E = self.rows % self.n_sites == site
-        if self.even and waiting.waits_cost(here_E.device):
-            here = torch.nonzero_static(here_E, size=len(here_E) // self.n_sites).squeeze(1)
+        if waiting.waits_cost(self.rows.device):
+            here = self._places_by_site[site]
         else:
-            here = here_E.nonzero().squeeze(1)
+            here = (self.rows % self.n_sites == site).nonzero().squeeze(1)
         lengths = (self.offsets[1:] - self.offsets[:-1])[site :: self.n_sites]
         pattern = Pattern(self.indices.index_select(0, here), offsets_of_lengths(lengths), self.n_latents)
         return SparseCode(self.values.index_select(0, here), pattern)
+
+    @cached_property
+    def _places_by_site(self) -> tuple[Tensor, ...]:
+        """Where each site's entries are, ascending; at most one wait for all sites together."""
+        sites_E, order = torch.sort(self.rows % self.n_sites, stable=True)
+        if self.even:
+            sizes = [len(order) // self.n_sites] * self.n_sites
+        else:
+            offsets = offsets_of_rows(sites_E, self.n_sites)
+            sizes = (offsets[1:] - offsets[:-1]).tolist()
+        return order.split(sizes)
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         active = self.values.detach() > 0

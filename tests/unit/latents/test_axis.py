@@ -39,3 +39,12 @@ def test_ties_are_broken_the_same_way_every_time_and_exactly_k_are_chosen(k: int
     assert torch.equal(first[0], first[1])  # a row's choice depends on that row alone
     smallest_kept = torch.where(first, candidates, torch.inf).amin(1)
     assert (torch.where(first, -torch.inf, candidates).amax(1) <= smallest_kept).all()
+
+
+@pytest.mark.parametrize("limit", [0, 2, 3, 9])
+def test_a_limit_that_only_the_device_knows(limit: int) -> None:
+    candidates = torch.tensor([[3.0, 1.0, 2.0, 5.0], [-1.0, -3.0, -2.0, -5.0]])
+    got = AXIS.top(candidates, 3, torch.tensor(limit))
+    assert torch.equal(got, AXIS.top(candidates, min(3, limit)) if limit else torch.zeros_like(got))
+    assert got.sum(1).tolist() == [min(3, limit)] * 2
+    assert AXIS.top(candidates, 9, torch.tensor(limit)).sum(1).tolist() == [min(4, limit)] * 2

@@ -183,9 +183,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def costly(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Call it to have waiting cost time from then on."""
-    return lambda: monkeypatch.setattr(waiting, "waits_cost", lambda device: True)
+def costly(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Call it to have waiting cost time from then on, or, with False, nothing."""
+    return lambda answer=True: monkeypatch.setattr(waiting, "waits_cost", lambda device: answer)
 
 
 def test_waiting_costs_time_on_a_gpu_alone() -> None:
@@ -194,7 +194,7 @@ def test_waiting_costs_time_on_a_gpu_alone() -> None:
 
 @every_way
 def test_nothing_waits_between_reports(
-    run: New, batches: New, costly: Callable[[], None], way: str, monkeypatch: pytest.MonkeyPatch
+    run: New, batches: New, costly: Callable[..., None], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind, act_fn, masked, settings = WAYS[way]
     settings = settings_of({**settings, "log_frequency": 8, "amp_dtype": None})
@@ -221,7 +221,7 @@ SINS: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("sin", SINS)
-def test_the_watch_sees_one_wait_in_a_step(run: New, batches: New, costly: Callable[[], None], sin: str) -> None:
+def test_the_watch_sees_one_wait_in_a_step(run: New, batches: New, costly: Callable[..., None], sin: str) -> None:
     sae, seen = new("sae", "topk"), []
     record = sae.record
 
@@ -238,7 +238,7 @@ def test_the_watch_sees_one_wait_in_a_step(run: New, batches: New, costly: Calla
     assert len(seen) == 3
 
 
-def test_the_watch_sees_a_wait_in_the_backward_pass(run: New, batches: New, costly: Callable[[], None]) -> None:
+def test_the_watch_sees_a_wait_in_the_backward_pass(run: New, batches: New, costly: Callable[..., None]) -> None:
     sae = new("sae", "topk")
     dict(sae.named_parameters())["W_D"].register_hook(lambda g: g.sum().item() and None)
     costly()
@@ -250,16 +250,16 @@ def test_the_watch_sees_a_wait_in_the_backward_pass(run: New, batches: New, cost
 
 
 def both(
-    run: New, batches: New, costly: Callable[[], None], make: Callable[[], AbstractSparseAutoEncoder], kind: str,
+    run: New, batches: New, costly: Callable[..., None], make: Callable[[], AbstractSparseAutoEncoder], kind: str,
     masked: bool, spoil: Callable[[list[Batch]], None] = lambda _: None, **settings: Any,
 ) -> list[Any]:  # fmt: skip
     """The same run twice: with values read as they come, and as on a device that one had better not wait for."""
     runs = []
-    for name in ("reads", "waits for nothing"):
+    for name, cost in (("reads", False), ("waits for nothing", True)):
+        costly(cost)
         stream = given(batches, kind, STEPS * settings.get("gradient_accumulation_steps", 1), masked)
         spoil(stream)
         runs.append(run(make(), stream, name=name, **settings))
-        costly()
     return runs
 
 
@@ -287,7 +287,7 @@ def assert_same(one: Any, two: Any) -> None:
 @pytest.mark.parametrize("several", [False, True], ids=["one block", "several blocks"])
 @pytest.mark.parametrize("way", [*WAYS, *WAITING_STILL])
 def test_numbers_are_those_of_a_run_that_waits(
-    run: New, batches: New, costly: Callable[[], None], way: str, several: bool, monkeypatch: pytest.MonkeyPatch
+    run: New, batches: New, costly: Callable[..., None], way: str, several: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind, act_fn, masked, settings = (WAYS | WAITING_STILL)[way]
     monkeypatch.setattr(dead_latents, "SPARE", LATENTS)  # most latents die at once here
@@ -300,7 +300,7 @@ def test_numbers_are_those_of_a_run_that_waits(
 
 
 def test_a_sparse_jumprelu_run_goes_from_dense_to_sparse_at_a_report(
-    run: New, batches: New, costly: Callable[[], None]
+    run: New, batches: New, costly: Callable[..., None]
 ) -> None:
     """Thresholds so high that few latents are active; the first reports' steps are dense."""
 
@@ -332,7 +332,7 @@ def poison(*steps: int) -> Callable[[list[Batch]], None]:
 @pytest.mark.parametrize("act_fn", ["topk", "batchtopk", "relu", "jumprelu"])
 @pytest.mark.parametrize("steps", [(1,), (3, 5, 12), (6, 7, 8, 9, 10), (20,)], ids=str)
 def test_a_step_that_is_not_finite_leaves_no_trace(
-    run: New, batches: New, costly: Callable[[], None], act_fn: str, steps: tuple[int, ...],
+    run: New, batches: New, costly: Callable[..., None], act_fn: str, steps: tuple[int, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Windows without a single step (6 to 10) are left out of reports."""
@@ -346,7 +346,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(
 
 @pytest.mark.parametrize("of", ["weights", "thresholds"])
 def test_a_gradient_that_is_not_finite_spoils_no_weight(
-    run: New, batches: New, costly: Callable[[], None], of: str
+    run: New, batches: New, costly: Callable[..., None], of: str
 ) -> None:
     sae = new("sae", "jumprelu")
     before = [p.detach().clone() for p in sae.parameters()]
@@ -361,7 +361,7 @@ def test_a_gradient_that_is_not_finite_spoils_no_weight(
 
 @pytest.mark.parametrize(("steps", "said"), [((3,), "^step 3: "), ((2, 4), "^steps 2, 4: ")])
 def test_the_next_report_ends_the_run_and_names_the_steps(
-    run: New, batches: New, costly: Callable[[], None], steps: tuple[int, ...], said: str
+    run: New, batches: New, costly: Callable[..., None], steps: tuple[int, ...], said: str
 ) -> None:
     stream = given(batches, "sae", STEPS, False)
     poison(*steps)(stream)
@@ -371,7 +371,7 @@ def test_the_next_report_ends_the_run_and_names_the_steps(
 
 
 def test_nothing_is_saved_before_faults_are_read(
-    run: New, batches: New, costly: Callable[[], None], tmp_path: Path
+    run: New, batches: New, costly: Callable[..., None], tmp_path: Path
 ) -> None:
     stream = given(batches, "sae", 9, False)
     poison(4)(stream)
@@ -383,7 +383,7 @@ def test_nothing_is_saved_before_faults_are_read(
 
 @pytest.mark.parametrize("where", ["activations", "mask"])
 def test_values_of_batches_on_the_device_are_judged_with_the_step(
-    run: New, batches: New, costly: Callable[[], None], where: str
+    run: New, batches: New, costly: Callable[..., None], where: str
 ) -> None:
     """A NaN in a masked token, or a mask of nothing: what `check_batch` refuses where it may look."""
     stream = given(batches, "sae", 5, True)
@@ -398,7 +398,7 @@ def test_values_of_batches_on_the_device_are_judged_with_the_step(
 
 
 def test_optimizers_that_cannot_leave_out_a_step_are_told_at_once(
-    run: New, batches: New, costly: Callable[[], None]
+    run: New, batches: New, costly: Callable[..., None]
 ) -> None:
     stream = given(batches, "sae", STEPS, False)
     poison(3)(stream)
@@ -423,7 +423,7 @@ def test_the_list_of_dead_latents_by_hand() -> None:
     assert scale_X is not None and scale_X.tolist() == [6.0, 7.0, 0.0] and first.scale(None) is first.real
 
 
-def test_room_is_made_at_reports(costly: Callable[[], None]) -> None:
+def test_room_is_made_at_reports(costly: Callable[..., None]) -> None:
     costly()
     dead = DeadLatents((1000,), threshold=10)
     assert dead.room == [64]
@@ -437,7 +437,7 @@ def test_room_is_made_at_reports(costly: Callable[[], None]) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 3, 7, 20])
-def test_the_strongest_are_the_same_without_counting(costly: Callable[[], None], k: int) -> None:
+def test_the_strongest_are_the_same_without_counting(costly: Callable[..., None], k: int) -> None:
     draw = torch.Generator().manual_seed(0)
     h_ND, norm_D = torch.randn(9, 12, generator=draw), torch.rand(12, generator=draw)
     norm_D[3] = 0
@@ -446,7 +446,7 @@ def test_the_strongest_are_the_same_without_counting(costly: Callable[[], None],
     assert torch.equal(strongest(h_ND, norm_D, k, Axis()), want)
 
 
-def test_a_resumed_run_goes_on_the_same(run: New, batches: New, costly: Callable[[], None]) -> None:
+def test_a_resumed_run_goes_on_the_same(run: New, batches: New, costly: Callable[..., None]) -> None:
     costly()
     stream = given(batches, "sae", STEPS, True)
     settings = settings_of(AUXK)
