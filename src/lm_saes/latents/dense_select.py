@@ -55,10 +55,9 @@ def _pick(
     activation.begin(mask_N, n_rows)
     while True:
         candidates = activation.candidates(s_NF, slice(0, n_rows))
-        if may_refuse and candidates.dtype == torch.bool and waiting.waits_cost(h_NF.device):
-            n_active = candidates.count_nonzero()
-            if not activation.density.sparse_pays(n_active, h_NF.numel(), activation.training):
-                return None
+        unknown = candidates.dtype == torch.bool and activation.training and waiting.waits_cost(h_NF.device)
+        if may_refuse and unknown and not activation.density.sparse_paid(candidates.count_nonzero(), h_NF.numel()):
+            return None
         flat_E = _flat(candidates, n_latents)
         if may_refuse and not sparse_pays(flat_E.numel(), h_NF.numel()):
             return None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lm_saes import waiting
-
 SPARSE_BELOW = 0.06
 """Share of latents per token under which the sparse path wins (measured at d=576 on two cores, see docs/LOG.md)."""
 
@@ -16,20 +14,17 @@ def sparse_pays(entries: float, places: float) -> bool:
 
 
 class DensityMemory:
-    """Says whether the sparse path pays in training, for activation functions whose density depends on the batch.
+    """Says whether the sparse path pays where waiting to know the density of a training batch would cost time.
 
-    Where waiting for the device costs time, the answer is that of the last `refresh`, and no before the first: dense
-    products wait for nothing.
+    The answer is that of the last `refresh`, and no before the first: dense products wait for nothing.
     """
 
     def __init__(self) -> None:
         self._pays = False
         self._latest: tuple[Tensor, float] | None = None
 
-    def sparse_pays(self, entries: Tensor, places: float, training: bool) -> bool:
-        """Whether `entries` (0-d) out of `places` are few enough."""
-        if not training or not waiting.waits_cost(entries.device):
-            return sparse_pays(float(entries), places)
+    def sparse_paid(self, entries: Tensor, places: float) -> bool:
+        """Whether entries were few enough when that was last looked at; `entries` (0-d) out of `places` are now."""
         self._latest = entries, places
         return self._pays
 

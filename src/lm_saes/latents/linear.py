@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lm_saes import waiting
 from lm_saes.latents import kernels
 from lm_saes.latents.activation_base import ActivationFunction, Missed
 from lm_saes.latents.codes import Code, DenseCode, Pattern, SparseCode
@@ -224,7 +225,9 @@ def _few_active(
     _, block = next(_blocks(some_ND, encoder, scale_SF))
     s_BF = block.s_BSF.view(len(block.s_BSF) * activation.rows_per_token(encoder.n_sites), -1)
     active = activation.candidates(s_BF, slice(0, len(s_BF))).count_nonzero()
-    return activation.density.sparse_pays(active, s_BF.numel() * density_scale, activation.training)
+    if activation.training and waiting.waits_cost(active.device):
+        return activation.density.sparse_paid(active, s_BF.numel() * density_scale)
+    return sparse_pays(float(active), s_BF.numel() * density_scale)
 
 
 @torch.no_grad()
