@@ -65,6 +65,6 @@ class Pool:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         for worker in self._workers:
             worker.kill()
-            worker.wait()
+            worker.communicate()  # also closes its pipes
         for log in self._logs:
             log.close()
