@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from lm_saes.errors import Interrupted, LMSaesError
+from lm_saes.errors import Interrupted, LMSaesError, OtherProcessError
 
 app = typer.Typer(
     name="lm-saes",
@@ -40,6 +42,9 @@ class Command(StrEnum):
     evaluate = "evaluate"
 
 
+_RANK = os.environ.get("RANK", "0")
+"""Which of the processes this is that torchrun has started."""
+_STARTED_TOGETHER = "RANK" in os.environ and "WORLD_SIZE" in os.environ
 _SETTINGS_OF = {
     Command.train: "TrainSAESettings",
     Command.generate: "GenerateActivationsSettings",
@@ -90,12 +95,15 @@ def train(
       lm-saes train run.toml
       lm-saes train run.toml --set trainer.total_training_tokens=1e8 --set seed=1
       lm-saes train run.toml --resume
+      torchrun --nproc-per-node 4 -m lm_saes train run.toml --set model_parallel_size=4
     """
     with _mistakes_in_one_line():
         data = _read(config, overrides)
         from lm_saes import runners
 
-        typer.echo(f"report: {runners.train_from_config(data, resume=resume)}")
+        report = runners.train_from_config(data, resume=resume)
+        if _RANK == "0":
+            typer.echo(f"report: {report}")
 
 
 @app.command()
@@ -191,13 +199,26 @@ def settings(
 
 def main() -> None:
     """Run the command and end the process: 0 done, 1 a bug (with traceback), 2 a user's mistake, 128 + n signal n."""
-    logging.basicConfig(format="lm-saes: %(message)s", handlers=[_Stderr()])
-    logging.getLogger("lm_saes").setLevel(logging.INFO)
+    _begin_to_log()
     try:
         code = app(prog_name="lm-saes", standalone_mode=False)
     except typer.TyperException as error:
         _fail(f"{error.format_message().replace('Value error, ', '')} (see lm-saes --help)", error.exit_code)
     sys.exit(code)
+
+
+def _begin_to_log() -> None:
+    """Of several processes the first speaks for all; another tells its errors, and what its own stream waits for."""
+    others = _RANK != "0"
+    told_by = f"process {_RANK}: " if others else ""
+    logging.basicConfig(format=f"lm-saes: {told_by}%(message)s", handlers=[_Stderr()])
+    if others:
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars
+        logging.getLogger().setLevel(logging.ERROR)
+        logging.getLogger("lm_saes.data.stalls").setLevel(logging.WARNING)
+    else:
+        logging.getLogger("lm_saes").setLevel(logging.INFO)
 
 
 class _Stderr(logging.Handler):
@@ -217,27 +238,48 @@ def _read(config: Path, overrides: list[str] | None) -> dict[str, Any]:
 def _mistakes_in_one_line() -> Iterator[None]:
     """Turn what the user can put right into one line and exit code 2; all else is a bug and keeps its traceback."""
     try:
-        yield
+        with _joined():
+            yield
     except KeyboardInterrupt:
         _fail("interrupted", 130)
-    except Interrupted as error:
-        _fail(str(error), error.exit_code)
-    except LMSaesError as error:
-        _fail(str(error), 2)
-    except (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
-    except OSError as error:
-        if not error.filename:
-            raise
-        _fail(f"{error.filename}: {error.strerror}", 2)
-    except ValueError as error:
-        from pydantic import ValidationError
+    except (LMSaesError, OSError, ValueError) as error:
+        message, code = _told(error)
+        if _STARTED_TOGETHER:
+            from lm_saes.parallel.launch import speaks_first
 
-        from lm_saes.config import describe
+            if not speaks_first(error):
+                raise SystemExit(code) from None
+        _fail(message, code)
 
-        if not isinstance(error, ValidationError):
-            raise
-        _fail(describe(error), 2)
+
+def _joined() -> AbstractContextManager[object]:
+    """Within this, processes that torchrun has started together are a group; a mistake is told by one of them."""
+    if not _STARTED_TOGETHER:
+        return nullcontext()
+    from lm_saes.parallel.launch import joined
+
+    return joined()
+
+
+def _told(error: LMSaesError | OSError | ValueError) -> tuple[str, int]:
+    """What people are told of an error of their own, and the exit code; any other is raised."""
+    match error:
+        case Interrupted():
+            return str(error), error.exit_code
+        case LMSaesError():
+            return str(error), 1 if isinstance(error, OtherProcessError) else 2
+        case OSError() if error.filename:
+            return f"{error.filename}: {error.strerror}", 2
+        case FileNotFoundError() | FileExistsError() | PermissionError() | NotADirectoryError() | IsADirectoryError():
+            return str(error), 2
+        case ValueError():
+            from pydantic import ValidationError
+
+            from lm_saes.config import describe
+
+            if isinstance(error, ValidationError):
+                return describe(error), 2
+    raise error
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -21,6 +21,14 @@ class TrainingError(LMSaesError, RuntimeError):
     """A run that cannot go on, such as one whose loss is no longer finite."""
 
 
+class OtherProcessError(LMSaesError, RuntimeError):
+    """Another process of the run has failed, and tells why."""
+
+
+class LostProcessError(OtherProcessError):
+    """Another process of the run has ended, or does not answer; if it could still tell why, it has."""
+
+
 class Interrupted(LMSaesError):
     """A run that was asked to stop by a signal, and has saved."""
 

@@ -149,12 +149,12 @@ class Initializer:
         self.initialize_parameters(sae)
         wanted = NORM_BATCHES if cfg.norm_activation == "dataset-wise" and activation_norm is None else 1
         batches = [] if activation_stream is None else peekable(activation_stream).peek(wanted)
-        for batch in batches:
-            check_batch(batch, dict.fromkeys(cfg.associated_hook_points, cfg.d_model))
         batches = [
             {name: axes.tokens.join(v) if isinstance(v, Tensor) else v for name, v in batch.items()}
             for batch in batches
         ]
+        for batch in batches:
+            check_batch(batch, dict.fromkeys(cfg.associated_hook_points, cfg.d_model))
         if cfg.norm_activation == "dataset-wise":
             if activation_norm is None and not batches:
                 raise ConfigError(

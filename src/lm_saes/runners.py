@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,15 @@ from lm_saes.errors import CheckpointError
 from lm_saes.evaluation.evaluator import EvalConfig, Evaluation, Evaluator, numbers, write_evaluation
 from lm_saes.files import check_writable, made, write_json
 from lm_saes.initializer import Initializer
+from lm_saes.latents.axis import Axes
 from lm_saes.memory import keep_freed_memory
+from lm_saes.parallel.launch import alone, joined, n_started, note_begun, was_begun
+from lm_saes.parallel.mesh import DeviceMesh, axes_of
+from lm_saes.parallel.mesh import start as start_mesh
+from lm_saes.parallel.share import SharedStream
+from lm_saes.parallel.together import by_first, exchange, require_same
 from lm_saes.preflight import check_first_batch, check_run
+from lm_saes.provenance import versions
 from lm_saes.report.report import write_report
 from lm_saes.report.run import Run
 from lm_saes.settings import (
@@ -95,11 +103,23 @@ def train_lorsa(settings: TrainLorsaSettings) -> AbstractSparseAutoEncoder:
 
 
 def _train(settings: TrainSettings) -> AbstractSparseAutoEncoder:
-    run = Path(settings.trainer.exp_result_path)
+    data, model = settings.data_parallel_size, settings.model_parallel_size
+    with joined() as everyone:
+        require_same(everyone, {"settings": settings.to_json(), "versions": versions()})
+        if data * model == n_started() == 1:
+            return _train_on(settings, None, Axes())
+        mesh = start_mesh(data, model, settings.device_type)
+        return _train_on(settings, mesh, axes_of(mesh))
+
+
+def _train_on(settings: TrainSettings, mesh: DeviceMesh | None, axes: Axes) -> AbstractSparseAutoEncoder:
+    run, is_first = Path(settings.trainer.exp_result_path), axes.everywhere.place == 0
     cfg = settings.sae.model_copy(update={"device": settings.device_type})
-    check_run(settings)
-    start = _checkpoint(settings, run)
-    trainer_cfg = settings.trainer.model_copy(update={"from_pretrained_path": start and str(start)})
+    check_run(settings, mesh, axes)
+    again = any(exchange(axes.everywhere, was_begun(run)))
+    source = by_first(axes.everywhere, lambda: _checkpoint(settings, run, again))
+    start = None if source is None else Path(source)
+    trainer_cfg = settings.trainer.model_copy(update={"from_pretrained_path": source})
     if start is None:
         Initializer(settings.initializer).check(cfg)
     read = [source.name for source in settings.activation_factory.dataset_sources]
@@ -108,19 +128,24 @@ def _train(settings: TrainSettings) -> AbstractSparseAutoEncoder:
     model = None if settings.model is None else _load_model(settings.model, settings.device_type)
     trainer = Trainer(trainer_cfg)
     with (
-        _stream(settings.activation_factory, settings.seed, model, texts) as stream,
-        made(run, keep=lambda: start is not None or trainer.cur_step > 0),
+        _stream(settings.activation_factory, settings.seed, model, texts) as whole,
+        made(run, keep=lambda: start is not None or trainer.cur_step > 0) if is_first else nullcontext(),
     ):
+        stream = whole if axes.tokens.size == 1 else SharedStream(whole, axes.tokens)
         if start is None:
-            check_first_batch(stream, cfg)
+            check_first_batch(stream, cfg, axes)
         elif (start / STREAM).exists():  # else the run's batches came from elsewhere
             stream.check_state(read_json(start / STREAM))
-        write_json(run / "settings.json", settings.to_json())
+        note_begun(run)
+        if is_first:
+            write_json(run / "settings.json", settings.to_json())
         torch.manual_seed(generator(settings.seed, "initialisation").initial_seed())
         if start is None:
-            sae = Initializer(settings.initializer).initialize_sae_from_config(cfg, stream, model=model)
+            sae = Initializer(settings.initializer).initialize_sae_from_config(
+                cfg, stream, device_mesh=mesh, model=model
+            )
         else:
-            sae = AbstractSparseAutoEncoder.from_config(cfg)
+            sae = AbstractSparseAutoEncoder.from_config(cfg, mesh)
         read_by = {} if model is None else model.provenance()
         if settings.model_name is not None:
             read_by["model_name"] = settings.model_name
@@ -129,16 +154,19 @@ def _train(settings: TrainSettings) -> AbstractSparseAutoEncoder:
         with stopping(trainer.stop):
             if start is not None:
                 trainer.go_on_from(sae, start)
-            ended_early = trainer.fit(sae, stream, eval_fn=evaluation, loggers=_loggers(settings, run, start))
+            loggers = _loggers(settings, run, start) if is_first else None
+            ended_early = trainer.fit(sae, stream, eval_fn=evaluation, loggers=loggers)
     result: Evaluation = {}
     if evaluation:
         if ended_early or not evaluation.last:  # else the last step was evaluated
             evaluation(sae)
         result = evaluation.last
-        write_evaluation(run, result)
     sae.provenance |= {"metrics": numbers(result)}
-    sae.save_provenance(run)
-    write_report(run)
+    if is_first:
+        if evaluation:
+            write_evaluation(run, result)
+        sae.save_provenance(run)
+        write_report(run)
     return sae
 
 
@@ -183,6 +211,7 @@ def generate_activations(settings: GenerateActivationsSettings) -> Path:
         TimeRemainingColumn,
     )
 
+    alone("generate")
     check_writable(settings.writer.cache_dir.absolute().parent, "writer.cache_dir")
     datasets = _open(settings.datasets)
     model = load_language_model(settings.model)
@@ -203,6 +232,7 @@ def generate_activations(settings: GenerateActivationsSettings) -> Path:
 
 def evaluate_sae(settings: EvaluateSAESettings) -> dict[str, float]:
     """Measure a trained dictionary on held-out text; a run's directory also gets `evaluation.json` and a new report."""
+    alone("evaluate")
     sae = AbstractSparseAutoEncoder.from_pretrained(settings.sae)
     _check_finite(sae, settings.sae)
     is_run = (settings.sae / "metrics.jsonl").exists()
@@ -282,13 +312,20 @@ def _open(datasets: Mapping[str, DatasetConfig]) -> dict[str, TextDataset]:
     return {name: load_dataset(cfg) for name, cfg in datasets.items()}
 
 
-def _checkpoint(settings: TrainSettings, run: Path) -> Path | None:
-    """The checkpoint to go on from; None for a new run, which must not overwrite another."""
+def _checkpoint(settings: TrainSettings, run: Path, again: bool) -> str | None:
+    """The checkpoint to go on from; None for a new run, which must not overwrite another.
+
+    Args:
+        again: the processes were started again after a failure of this run.
+    """
     path = settings.trainer.from_pretrained_path
-    if settings.resume:
+    resumes = settings.resume or again
+    if resumes:
         put_back(run)
-    killed_early = settings.resume and (run / "settings.json").exists() and not all_steps(run)
-    if path is None and (killed_early or not settings.resume):
+    if again and all_steps(run):
+        path = None  # where it was begun from is behind
+    killed_early = resumes and (run / "settings.json").exists() and not all_steps(run)
+    if path is None and (killed_early or not resumes):
         refuse_older_run(run)
         if killed_early:
             log.warning("%s: was stopped before its first checkpoint; it starts at step 0", run)
@@ -296,7 +333,7 @@ def _checkpoint(settings: TrainSettings, run: Path) -> Path | None:
     start = find_checkpoint(run if path is None else path)
     refuse_older_run(run, start)
     refuse_changes(start, settings.sae, settings.trainer)
-    return start
+    return str(start)
 
 
 def _loggers(settings: TrainSettings, run: Path, start: Path | None) -> Loggers:

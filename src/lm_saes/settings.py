@@ -48,9 +48,9 @@ class TrainSettings(BaseConfig):
     eval: EvalConfig | None = None
     """Evaluate on held-out text every `trainer.eval_frequency` steps and at the end."""
     data_parallel_size: int = Field(default=1, ge=1)
-    """Processes that share each batch."""
+    """Processes that share the rows of each batch; times `model_parallel_size`, all that torchrun starts."""
     model_parallel_size: int = Field(default=1, ge=1)
-    """Processes that share the latents."""
+    """Processes that share the latents, with their weights and moments."""
     model: LanguageModelConfig | None = None
     """The language model; not needed to train on cached activations."""
     model_name: str | None = None
@@ -74,9 +74,6 @@ class TrainSettings(BaseConfig):
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> TrainSettings:
-        if self.data_parallel_size * self.model_parallel_size > 1:
-            sizes = f"data_parallel_size={self.data_parallel_size}, model_parallel_size={self.model_parallel_size}"
-            raise ValueError(f"{sizes}: training over several processes is not available yet; leave both at 1")
         if self.activation_factory.target == ActivationFactoryTarget.TOKENS:
             raise ValueError(
                 "activation_factory.target='tokens': holds no activations; use activations-1d or activations-2d"

@@ -8,20 +8,19 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from torch import Tensor
-
-from lm_saes.data.batch import Batch, check_batch
+from lm_saes.data.batch import Batch
 from lm_saes.data.peek import Peekable, Stateful, peekable
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.errors import ConfigError, Interrupted
+from lm_saes.parallel.together import by_first
 from lm_saes.provenance import record, started_from
 from lm_saes.training import checkpoint, resume, saving
 from lm_saes.training.attributes import RunAttributes
 from lm_saes.training.config import TrainerConfig
-from lm_saes.training.dead_latents import fired_latents
-from lm_saes.training.loggers.base import Logger, Loggers
-from lm_saes.training.loggers.run import RunLogger
-from lm_saes.training.micro_batches import take, widths
+from lm_saes.training.loggers.base import Logger
+from lm_saes.training.loggers.run import joined_loggers
+from lm_saes.training.micro_batches import check
+from lm_saes.training.pace import Pace
 from lm_saes.training.run import Run
 from lm_saes.training.update import update
 
@@ -64,7 +63,7 @@ class Trainer(RunAttributes):
         Args:
             eval_fn: called every `eval_frequency` steps, with the dictionary in evaluation mode; its result is logged.
             wandb_logger: a W&B run (anything with `log(metrics, step=...)`).
-            loggers: where progress and reports go.
+            loggers: where progress and reports go. Of several processes only the first shows any.
 
         Returns:
             Whether the stream ended before the last step (a resumable checkpoint is saved all the same).
@@ -78,25 +77,23 @@ class Trainer(RunAttributes):
         stream = self._stream = peekable(activation_stream)
         run = self._prepare(sae, stream)
         saving.announce(self.cfg, run, self.cur_step, self._position)
-        optional = [RunLogger(wandb_logger)] if wandb_logger is not None else list[Logger]()
-        required = [loggers] if isinstance(loggers, Loggers) else []
-        logger = Loggers(required, optional + ([loggers] if loggers and not required else []))
+        logger = joined_loggers(loggers, wandb_logger, sae.axes.everywhere)
         logger.start(run.plan.total, self.cur_step)
         self.wandb_run_id = logger.run_id or self.wandb_run_id
         try:
-            summary = self._loop(run, stream, eval_fn, logger)
-            ended_early = self._finish(run)
+            pace = Pace(self.cfg, run, stream)
+            summary = self._loop(run, pace, eval_fn, logger)
+            ended_early = self._finish(run, pace.stopped_by)
         except BaseException:
             logger.close({})
             raise
         logger.close(summary)
         return ended_early
 
-    def _loop(self, run: Run, stream: Peekable, eval_fn: EvalFn | None, logger: Logger) -> dict[str, float]:
+    def _loop(self, run: Run, pace: Pace, eval_fn: EvalFn | None, logger: Logger) -> dict[str, float]:
         """Step, report, evaluate and save until the end; the last value of everything that was reported."""
         cfg, sae, summary = self.cfg, run.dictionary.train(), dict[str, float]()
-        timetable = saving.Timetable(cfg, run)
-        while self.cur_step < run.plan.total and (batches := take(stream, cfg.gradient_accumulation_steps, sae)):
+        while self.cur_step < run.plan.total and (batches := pace.take()):
             update(run, cfg, self.cur_step, batches)
             self.cur_step += 1
             if not run.ledger.defers:
@@ -111,11 +108,12 @@ class Trainer(RunAttributes):
                 logger.report(self.cur_step, report)
                 summary |= report
                 self.reported |= report
-            if self._stopped_by is not None:
+            pace.agree(self.cur_step, self._stopped_by)
+            if pace.stopped_by is not None:
                 break
-            if timetable.due(self.cur_step):
+            if pace.save:
                 self._try_to_save(run)
-                timetable.since = run.board.restart_clock()
+                pace.saved()
         return summary
 
     def _settle(self, run: Run) -> None:
@@ -141,10 +139,11 @@ class Trainer(RunAttributes):
         self._stopped_by = by
 
     def _prepare(self, sae: AbstractSparseAutoEncoder, stream: Peekable) -> Run:
+        everyone = sae.axes.everywhere
         if self._run is None and self.cfg.from_pretrained_path is not None:
             self.go_on_from(sae, checkpoint.find_checkpoint(self.cfg.from_pretrained_path))
         if self._run is None or self._source is not None:
-            resume.refuse_older_run(self.cfg.exp_result_path, self._source)
+            by_first(everyone, lambda: resume.refuse_older_run(self.cfg.exp_result_path, self._source))
             self._source = None
         checkpoint.sweep(self.cfg.exp_result_path)
         if self._stream_state is not None and isinstance(stream, Stateful):
@@ -153,19 +152,19 @@ class Trainer(RunAttributes):
             log.warning("resuming at step %d from a plain iterable: it must yield the remaining batches", self.cur_step)
         if self._run is None:
             first = stream.peek(1)
-            if not first:
+            if not everyone.fewest(len(first)):
                 raise ConfigError("activation_stream: yields no batch to train on")
-            check_batch(first[0], widths(sae.cfg))
-            self._run = Run.begin(self.cfg, sae, sae.axes.tokens.count(first[0]["tokens"].numel()))
+            n_tokens = check(sae, first[0])["tokens"].numel()
+            self._run = Run.begin(self.cfg, sae, sae.axes.tokens.count(n_tokens))
             sae.provenance = started_from(sae.provenance)
         if self._run.dictionary is not sae:
             raise ConfigError("fit: this trainer has trained another dictionary; make a new Trainer for this one")
         return self._run
 
-    def _finish(self, run: Run) -> bool:
+    def _finish(self, run: Run, stopped_by: signal.Signals | None) -> bool:
         """Save the dictionary and, unless none are wanted, a last checkpoint; whether the stream ended early."""
         self._settle(run)
-        ended_early, stopped_by = self.cur_step < run.plan.total, self._stopped_by
+        ended_early = self.cur_step < run.plan.total
         if ended_early and stopped_by is None:
             log.warning("the stream ended at step %d of %d; resume with more data", self.cur_step, run.plan.total)
         saved = self._try_to_save(run) if ended_early or self.cfg.n_checkpoints else False
@@ -229,17 +228,3 @@ class Trainer(RunAttributes):
         trainer = cls(resume.saved_config(directory).model_copy(update={"from_pretrained_path": str(directory)}))
         trainer.go_on_from(sae, directory)
         return trainer
-
-    def update_dead_statistics(self, feature_acts: Tensor, mask: Tensor | None, specs: tuple[str, ...]) -> Tensor:
-        """Count dense latents as one step; returns which latents are dead now.
-
-        Args:
-            feature_acts: latents, `specs` naming their dimensions (of `batch context layers heads sae`).
-            mask: valid tokens.
-        """
-        return self._begun("update_dead_statistics").board.dead.update(*fired_latents(feature_acts, mask, specs))
-
-    def _begun(self, what: str) -> Run:
-        if self._run is None:
-            raise ConfigError(f"{what}: nothing was trained yet; call fit first")
-        return self._run

@@ -20,7 +20,7 @@ from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.parallel.sharding import runs_of
 from lm_saes.parallel.share import share_of
-from lm_saes.training.micro_batches import take
+from lm_saes.training.pace import Pace
 from lm_saes.training.update import update
 
 D, CONTEXTS, LENGTH = 6, 8, 5
@@ -103,10 +103,12 @@ def train(case: Case, mesh: DeviceMesh | None, place: str) -> dict[str, Tensor]:
     stream = peekable(own)
     run = trainer._prepare(sae, stream)
     sae.train()
-    while batches_of_step := take(stream, cfg.gradient_accumulation_steps, sae):
+    pace = Pace(cfg, run, stream)
+    while batches_of_step := pace.take():
         update(run, cfg, trainer.cur_step, batches_of_step)
         trainer.cur_step += 1
         trainer._settle(run)
+        pace.agree(trainer.cur_step, None)
         if trainer.cur_step % REPORT == 0 or trainer.cur_step == case.steps:
             report = trainer._report(run)
             reports.append({name: value for name, value in report.items() if name != "details/tokens_per_second"})

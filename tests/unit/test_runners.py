@@ -261,7 +261,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"activation_factory": {"context_size": None}}, r"activation_factory: context_size is missing"),
     ({"datasets": {"words": {"held_out_fraction": 0.0}}}, r"eval: no dataset keeps documents apart; set datasets"),
     ({"model": None}, r"model: missing; a source of type 'dataset' is read by a language model"),
-    ({"model_parallel_size": 2}, r"model_parallel_size=2: training over several processes is not available yet"),
+    (
+        {"model_parallel_size": 2},
+        r"model_parallel_size=2: 1 x 2 = 2 processes, but 1 runs; change the sizes, or start it with torchrun",
+    ),
     ({"loggers": ["email"]}, r"loggers.0: must be 'console' or 'tensorboard' \(got 'email'\)"),
     ({"device_type": "tpu"}, r"device_type: must be 'cpu' or 'cuda' \(got 'tpu'\)"),
 ]

@@ -16,10 +16,13 @@ Batch = dict[str, Any]
 of shape `[batch]` or `[batch, seq]`; optional `meta`, a list with one dict per context."""
 
 
-def check_batch(batch: Mapping[str, Any], widths: Mapping[str, int]) -> None:
+def check_batch(batch: Mapping[str, Any], widths: Mapping[str, int], *, is_share: bool = False) -> None:
     """Check that `batch` holds finite activations of the given width for every hook point, with tokens to match.
 
     Values are looked at only where that costs no wait for a device: on the CPU, before a batch is copied.
+
+    Args:
+        is_share: it is one process's share of a batch, of which no token needs to count.
 
     Raises:
         DataError: naming what is wrong, the shape seen and the shape wanted.
@@ -30,19 +33,19 @@ def check_batch(batch: Mapping[str, Any], widths: Mapping[str, int]) -> None:
     shape = tuple(tokens.shape)
     if tokens.ndim not in (1, 2) or tokens.is_floating_point():
         raise DataError(f"batch: 'tokens' is {tokens.dtype} {list(shape)}; give int64 [batch] or [batch, seq]")
-    if tokens.numel() == 0:
+    if tokens.numel() == 0 and not is_share:
         raise DataError(f"batch: 'tokens' of shape {list(shape)} is empty; give at least one token")
-    _check_mask(batch.get("mask"), shape)
+    _check_mask(batch.get("mask"), shape, is_share)
     for hook_point, width in widths.items():
         _check_activations(hook_point, batch.get(hook_point), (*shape, width), batch)
 
 
-def _check_mask(mask: Any, shape: tuple[int, ...]) -> None:
+def _check_mask(mask: Any, shape: tuple[int, ...], is_share: bool) -> None:
     if mask is None:
         return
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
         raise DataError(f"batch: 'mask' is {_seen(mask)}; give it the shape of 'tokens', {list(shape)}")
-    if not waiting.waits_cost(mask.device) and not bool(mask.any()):
+    if not is_share and not waiting.waits_cost(mask.device) and not bool(mask.any()):
         raise DataError(
             f"batch: 'mask' of shape {list(shape)} masks every token; leave such batches out or see to ignore_token_ids"
         )

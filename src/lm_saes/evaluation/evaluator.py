@@ -23,6 +23,7 @@ from lm_saes.errors import DataError
 from lm_saes.evaluation.downstream import DownstreamLoss
 from lm_saes.evaluation.examples import LatentExample, SnippetCollector
 from lm_saes.files import write_text
+from lm_saes.parallel.sharding import latent_numbers
 
 Evaluation: TypeAlias = dict[str, float | list[float] | list[LatentExample]]
 """Numbers under their metric names, `"sparsity/frequency"` (one per latent) and `"latents"` (with snippets)."""
@@ -61,27 +62,30 @@ class Evaluator:
 
         The stream yields 2D batches; only valid tokens count, anywhere. Errors and norms are those of raw
         activations. Without `model` the downstream metrics are left out and snippets show token ids.
+        Where processes share the latents, each gives the whole stream, and gets the whole result.
 
         Raises:
             DataError: a batch is not 2D or not what it should be, or the stream is empty.
         """
-        was_training = sae.training
-        sae.eval()
+        was_training, axes = sae.training, sae.axes
+        sae.eval().attach(axes.of_whole_batches())
         try:
             return self._evaluate(sae, stream, model)
         finally:
-            sae.train(was_training)
+            sae.train(was_training).attach(axes)
 
     def _evaluate(
         self, sae: AbstractSparseAutoEncoder, stream: Iterable[Batch], model: LanguageModel | None
     ) -> Evaluation:
-        cfg = self.cfg
+        cfg, here = self.cfg, sae.axes.latents
         parameter = next(sae.parameters())
+        own = latent_numbers(sae)
+        d_sae = len(own) * here.size
         sites = [_Reconstruction() for _ in sae.cfg.hook_points_written]
         reconstruction = sites[0]
-        snippets = SnippetCollector(math.prod(sae.dead_shape), cfg.n_snippets, cfg.snippet_context, parameter.device)
-        fired = torch.zeros(sae.dead_shape, dtype=torch.float64, device=parameter.device).flatten()
-        active = 0.0
+        snippets = SnippetCollector(own, d_sae, cfg.n_snippets, cfg.snippet_context)
+        fired = torch.zeros_like(own, dtype=torch.float64)
+        active = torch.zeros((), dtype=torch.float64)
         downstream = DownstreamLoss(sae, model) if model is not None and cfg.downstream_tokens else None
 
         for raw in stream:
@@ -108,9 +112,11 @@ class Evaluator:
             raise DataError(
                 "evaluation: the stream holds no valid token; give it held-out text (held_out_fraction > 0)"
             )
+        fired = here.join(fired)[here.join(own).argsort()]
+        snippets.join(here)
         frequency = fired / n_tokens
         result: Evaluation = {
-            "metrics/l0": active / n_tokens,
+            "metrics/l0": float(here.total(active)) / n_tokens,
             "sparsity/silent": (fired == 0).double().mean().item(),
             "details/n_evaluated_tokens": float(n_tokens),
             **_averaged([site.metrics() for site in sites]),

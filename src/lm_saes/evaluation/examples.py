@@ -11,6 +11,8 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from lm_saes.latents.axis import Axis
+
 MAX_TRACKED_LATENTS = 8192
 """Snippets are kept for at most this many latents, evenly spaced by index; a wider dictionary is sampled."""
 
@@ -39,11 +41,18 @@ class SnippetCollector:
 
     Memory is `T x K x W`, whatever the length of the text. Equal peaks are settled in favour of the earlier one,
     so the result does not depend on how contexts are grouped into batches.
+
+    Args:
+        latents: the numbers, among `d_sae`, of the latents that are here.
     """
 
-    def __init__(self, d_sae: int, n_snippets: int, context_tokens: int, device: torch.device) -> None:
-        self.stride = -(-d_sae // MAX_TRACKED_LATENTS)
-        n_tracked = -(-d_sae // self.stride)
+    def __init__(self, latents: Tensor, d_sae: int, n_snippets: int, context_tokens: int) -> None:
+        device = latents.device
+        tracked = latents % -(-d_sae // MAX_TRACKED_LATENTS) == 0
+        self.latents = latents[tracked]
+        """The number of the latent of each slot."""
+        self.slots = torch.where(tracked, tracked.cumsum(0) - 1, -1)
+        n_tracked = len(self.latents)
         self.offsets = torch.arange(-context_tokens, context_tokens + 1, device=device)
         width = len(self.offsets)
         self.peaks = torch.zeros(n_tracked, n_snippets, device=device)
@@ -51,14 +60,16 @@ class SnippetCollector:
         self.activations = torch.zeros(n_tracked, n_snippets, width, device=device)
 
     def add(self, entries: tuple[Tensor, Tensor, Tensor], tokens_BS: Tensor, mask_BS: Tensor) -> None:
-        """Take in a batch: `entries` are the active (row, latent, value) triples, row = context * S + position."""
+        """Take in a batch: `entries` are the active (row, latent, value) triples, row = context * S + position, latents
+        by their places among those that are here."""
         n_contexts, length = tokens_BS.shape
         n_tracked, n_kept = self.peaks.shape
         rows, latents, values = entries
-        counts = mask_BS.flatten()[rows] & (latents % self.stride == 0)
+        slots = self.slots[latents]
+        counts = mask_BS.flatten()[rows] & (slots >= 0)
         rows, values = rows[counts], values[counts].float()
         context, position = rows // length, rows % length
-        pair = (latents[counts] // self.stride) * n_contexts + context
+        pair = slots[counts] * n_contexts + context
         if len(pair) == 0:
             return
 
@@ -88,22 +99,28 @@ class SnippetCollector:
         fires = inside & (keys[found] == wanted)
         self.activations[slot, place] = values[by_key][found] * fires
 
+    def join(self, axis: Axis) -> None:
+        """Take in the latents of the other processes, so that all have all, in order of their numbers."""
+        order = axis.join(self.latents).argsort()
+        for name in ("latents", "peaks", "tokens", "activations"):
+            setattr(self, name, axis.join(getattr(self, name))[order])
+
     def examples(
         self, frequency: Tensor, n_latents: int, decode: Callable[[list[int]], list[str]]
     ) -> list[LatentExample]:
         """At most `n_latents` of the latents that fired, at even ranks of firing frequency, most frequent first."""
         fired = (self.peaks[:, 0] > 0).nonzero().flatten()
-        ranked = fired[frequency[fired * self.stride].argsort(descending=True, stable=True)]
+        ranked = fired[frequency[self.latents[fired]].argsort(descending=True, stable=True)]
         n_shown = min(n_latents, len(ranked))
         shown = ranked[torch.linspace(0, len(ranked) - 1, n_shown, dtype=torch.float64).round().long()]
         return [
             LatentExample(
-                latent=slot * self.stride,
-                frequency=_short(frequency[slot * self.stride].item()),
+                latent=latent,
+                frequency=_short(frequency[latent].item()),
                 max_activation=_short(self.peaks[slot, 0].item()),
                 snippets=[self._snippet(slot, k, decode) for k in range(int((self.peaks[slot] > 0).sum()))],
             )
-            for slot in shown.tolist()
+            for slot, latent in zip(shown.tolist(), self.latents[shown].tolist(), strict=True)
         ]
 
     def _snippet(self, slot: int, k: int, decode: Callable[[list[int]], list[str]]) -> Snippet:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lm_saes.errors import LostProcessError
 from lm_saes.latents.axis import Axis
 
 
@@ -66,15 +70,27 @@ class SharedAxis(Axis):
     def reduce(self, own: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """Reduce a contiguous tensor over the axis, in place."""
         self.traffic["all_reduce"] += own.nbytes
-        dist.all_reduce(own, op, self.group)
+        with answers():
+            dist.all_reduce(own, op, self.group)
         return own
 
     def gather(self, own: Tensor) -> Tensor:
         """The processes' tensors, all of one shape, stacked in order of their places."""
         self.traffic["all_gather"] += own.nbytes
         out = own.new_empty(self.size, *own.shape)
-        dist.all_gather(list(out.unbind()), own.contiguous(), self.group)
+        with answers():
+            dist.all_gather(list(out.unbind()), own.contiguous(), self.group)
         return out
+
+
+@contextmanager
+def answers() -> Iterator[None]:
+    """Turn the failure of a collective into the error that it nearly always means."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = re.sub(r"^\[\S*\] ", "", " ".join(str(error).split())).partition(". This is typically")[0]
+        raise LostProcessError(f"another process of the run has ended or does not answer ({reason})") from error
 
 
 class _Enter(torch.autograd.Function):

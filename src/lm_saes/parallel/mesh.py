@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 from functools import cache
 
 import torch
@@ -13,28 +12,34 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lm_saes.errors import ConfigError
 from lm_saes.latents.axis import Axes, Axis
 from lm_saes.parallel.axis import SharedAxis
+from lm_saes.parallel.launch import join, n_started
 
 DATA, MODEL = "data", "model"
-TIMEOUT = timedelta(minutes=10)
-"""After so long without an answer a process takes the others for dead."""
 
 
 def start(data: int, model: int, device_type: str = "cpu") -> DeviceMesh:
     """Join the processes that torchrun has started to a mesh of `data x model`.
 
     Raises:
-        ConfigError: torchrun has started another number of them.
+        ConfigError: torchrun has started another number of them, or more on this node than it has devices.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if data * model != world:
+    world, wanted = n_started(), data * model
+    if wanted != world:
+        started = f"torchrun --nproc-per-node {wanted} -m lm_saes train" if wanted > 1 else "lm-saes train"
         raise ConfigError(
-            f"data_parallel_size={data}, model_parallel_size={model}: {data} x {model} = {data * model} processes, but "
-            f"{world} run; start it with torchrun --nproc-per-node {data * model} -m lm_saes train ..."
+            f"data_parallel_size={data}, model_parallel_size={model}: {data} x {model} = {wanted} "
+            f"process{'es' if wanted > 1 else ''}, but {world} run{'s' if world == 1 else ''}; change the sizes, or "
+            f"start it with {started} ..."
         )
+    if device_type == "cuda":
+        place, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if place >= there:
+            raise ConfigError(
+                f"device_type='cuda': this node has {there} devices, but more processes; lower --nproc-per-node"
+            )
+        torch.cuda.set_device(place)
     if not dist.is_initialized():
-        if device_type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cuda:nccl,cpu:gloo" if device_type == "cuda" else "gloo", timeout=TIMEOUT)
+        join()
     return init_device_mesh(device_type, (data, model), mesh_dim_names=(DATA, MODEL))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar
 
@@ -67,6 +68,13 @@ def own_part(dictionary: AbstractSparseAutoEncoder, whole: Mapping[str, Tensor])
         if dim is not None:
             part[name] = cut(tensor, dim, runs_of(dictionary, tensor.shape[dim]), latents.place, latents.size)
     return part
+
+
+def latent_numbers(dictionary: AbstractSparseAutoEncoder) -> Tensor:
+    """The number, among all, of each latent of this process, by its place in `dead_shape` (flattened)."""
+    latents, shape = dictionary.axes.latents, dictionary.dead_shape
+    whole = torch.arange(math.prod(shape) * latents.size, device=dictionary.cfg.device).view(*shape[:-1], -1)
+    return cut(whole, -1, dictionary.latent_runs, latents.place, latents.size).flatten()
 
 
 def _check_even(cfg: BaseSAEConfig, size: int, n: int) -> None:

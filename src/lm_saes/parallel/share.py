@@ -1,14 +1,17 @@
-"""A process's share of every batch."""
+"""A process's share of every batch, and of a stream of batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lm_saes.data.batch import Batch
+from lm_saes.data.stream import ActivationStream
+from lm_saes.latents.axis import Axis
 from lm_saes.parallel.mesh import axes_of
 
 
@@ -31,3 +34,54 @@ def share_of(batches: Iterable[Batch], mesh: DeviceMesh | None) -> Iterator[Batc
     tokens = axes_of(mesh).tokens
     for batch in batches:
         yield share(batch, tokens.place, tokens.size)
+
+
+class SharedStream:
+    """An `ActivationStream` of which each process along an axis gets its share of every batch.
+
+    Every process reads the whole stream, so that batches are those of one process to the bit, and one saved position
+    serves all of them, and any other number of them. What a share costs is therefore what the whole costs: the language
+    model reads all text in every process, while rows of a cache that are read in order in its own dtype are only mapped
+    into memory, and those of others never copied.
+    """
+
+    def __init__(self, stream: ActivationStream, tokens: Axis) -> None:
+        self._stream, self._tokens = stream, tokens
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return self._share(next(self._stream))
+
+    def peek(self, n: int) -> list[Batch]:
+        """This process's shares of the next `n` batches, which `next` gives afterwards all the same."""
+        return [self._share(batch) for batch in self._stream.peek(n)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of the whole stream."""
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at a position that any number of processes has saved."""
+        self._stream.load_state_dict(state)
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise `CheckpointError` unless `state` is of a stream like this one."""
+        self._stream.check_state(state)
+
+    def provenance(self) -> dict[str, Any]:
+        """That of the whole stream."""
+        return self._stream.provenance()
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def _share(self, batch: Batch) -> Batch:
+        return share(batch, self._tokens.place, self._tokens.size)

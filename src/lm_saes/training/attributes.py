@@ -1,4 +1,4 @@
-"""What a trainer shows of its run."""
+"""What a trainer shows of its run, and lets others count in it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lm_saes.errors import ConfigError
 from lm_saes.metrics.base import Metric
+from lm_saes.training.dead_latents import fired_latents
 from lm_saes.training.run import Run
 
 
 class RunAttributes:
-    """Attributes that are there once a run has begun."""
+    """What is there once a run has begun."""
 
     _run: Run | None
 
@@ -45,3 +47,17 @@ class RunAttributes:
     def is_dead(self) -> Tensor | None:
         """Which latents are dead."""
         return None if self._run is None else self._run.board.dead.is_dead
+
+    def update_dead_statistics(self, feature_acts: Tensor, mask: Tensor | None, specs: tuple[str, ...]) -> Tensor:
+        """Count dense latents as one step; returns which latents are dead now.
+
+        Args:
+            feature_acts: latents, `specs` naming their dimensions (of `batch context layers heads sae`).
+            mask: valid tokens.
+        """
+        return self._begun("update_dead_statistics").board.dead.update(*fired_latents(feature_acts, mask, specs))
+
+    def _begun(self, what: str) -> Run:
+        if self._run is None:
+            raise ConfigError(f"{what}: nothing was trained yet; call fit first")
+        return self._run

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lm_saes import waiting
 from lm_saes.data.batch import Batch, check_batch
-from lm_saes.data.peek import Peekable
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
+from lm_saes.errors import DataError
 from lm_saes.latents.axis import Axis
 from lm_saes.latents.row_gradients import collecting, storage_order
 from lm_saes.losses.objective import objective
@@ -26,29 +26,28 @@ def widths(cfg: BaseSAEConfig) -> dict[str, int]:
     return dict.fromkeys(cfg.associated_hook_points, cfg.d_model)
 
 
-def take(stream: Peekable, n: int, sae: AbstractSparseAutoEncoder) -> list[Batch]:
-    """The next `n` batches, each checked to fit the dictionary; fewer, or none, at the end of the stream.
-
-    Where several processes each have a stream, all get as many as the one with the fewest.
-    """
-    batches: list[Batch] = []
-    while len(batches) < n and (batch := next(stream, None)) is not None:
-        check_batch(batch, widths(sae.cfg))
-        batches.append(batch)
-    return batches[: sae.axes.everywhere.fewest(len(batches))]
+def check(sae: AbstractSparseAutoEncoder, batch: Batch) -> Batch:
+    """A batch, checked to fit the dictionary. A process's share of one may hold no token that counts."""
+    check_batch(batch, widths(sae.cfg), is_share=sae.axes.tokens.size > 1)
+    return batch
 
 
 def valid_tokens(batches: list[Batch], tokens: Axis) -> list[int | Tensor]:
-    """How many tokens of each whole batch count: numbers, or (0-d) where reading them from the masks' device costs."""
+    """How many tokens of each whole batch count: numbers, or (0-d) where reading them from the masks' device costs.
+
+    Raises:
+        DataError: of one, none does.
+    """
     counts = list[int | Tensor]()
     for batch in batches:
         mask = batch.get("mask")
-        if mask is None:
-            counts.append(tokens.count(batch["tokens"].numel()))
-        elif waiting.waits_cost(mask.device):
+        if mask is not None and waiting.waits_cost(mask.device):
             counts.append(tokens.total(mask.sum(dtype=torch.int64)))
-        else:
-            counts.append(tokens.count(int(mask.sum())))
+            continue
+        count = tokens.count(batch["tokens"].numel() if mask is None else int(mask.sum()))
+        if not count:
+            raise DataError("batch: no token of it counts, in any process; leave such batches out")
+        counts.append(count)
     return counts
 
 

@@ -19,17 +19,20 @@ log = logging.getLogger(__name__)
 
 
 class Timetable:
-    """Says after which steps to save: those of the plan, and every `save_every_minutes`."""
+    """When to save: after the steps of the plan, and every `save_every_minutes`."""
 
     def __init__(self, cfg: TrainerConfig, run: Run) -> None:
         self._minutes, self._scheduled = cfg.save_every_minutes, run.plan.checkpoints
         self.since = run.board.restart_clock()
         """When a save was last made or tried, in seconds of `perf_counter`."""
 
-    def due(self, step: int) -> bool:
-        """Whether to save after this step."""
-        overdue = self._minutes is not None and time.perf_counter() - self.since > 60 * self._minutes
-        return step in self._scheduled or overdue
+    def scheduled(self, step: int) -> bool:
+        """Whether the plan has this step saved."""
+        return step in self._scheduled
+
+    def overdue(self) -> bool:
+        """Whether the clock has a step saved now."""
+        return self._minutes is not None and time.perf_counter() - self.since > 60 * self._minutes
 
 
 def announce(cfg: TrainerConfig, run: Run, step: int, position: Callable[[], dict[str, Any] | None]) -> None:
@@ -52,8 +55,9 @@ def checkpoint_bytes(run: Run, stream_state: dict[str, Any] | None) -> int:
     """About what one checkpoint takes: weights, two moments each, statistics, and the shuffle buffer if it is saved."""
     weights = _bytes(run.dictionary.full_state_dict().values())
     moments = 2 * _bytes(run.dictionary.parameters())
+    here = weights + moments + _bytes(tensor for _, tensor in run.board.tensors())
     stream = _bytes(checkpoint.split_tensors(stream_state)[1].values()) if stream_state else 0
-    return weights + moments + _bytes(tensor for _, tensor in run.board.tensors()) + stream
+    return run.dictionary.axes.latents.size * here + stream
 
 
 def _bytes(tensors: Any) -> int:

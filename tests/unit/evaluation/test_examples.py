@@ -20,7 +20,7 @@ def collect(
     n_contexts, length, d_sae = acts_BSF.shape
     tokens = 100 * torch.arange(n_contexts)[:, None] + torch.arange(length)
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask_BS is None else mask_BS
-    collector = SnippetCollector(d_sae, snippets, context, torch.device("cpu"))
+    collector = SnippetCollector(torch.arange(d_sae), d_sae, snippets, context)
     for acts, ids, valid in zip(acts_BSF.split(size), tokens.split(size), mask.split(size), strict=True):
         flat = acts.flatten(0, 1)
         rows, latents = (flat > 0).nonzero(as_tuple=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lm_saes.latents.axis import Axis
+from lm_saes.training.loggers.base import Logger, Loggers
+
 
 class RunLogger:
     """Passes reports to a run that its owner opens and closes: W&B's, or anything with `log(metrics, step=...)`."""
@@ -24,3 +27,15 @@ class RunLogger:
 
     def close(self, summary: Mapping[str, float]) -> None:
         """Nothing to do: whoever opened the run closes it."""
+
+
+def joined_loggers(loggers: Logger | None, run: Any, everyone: Axis) -> Loggers:
+    """A caller's loggers and W&B run as one logger; none but in the first process.
+
+    A lone logger counts as optional, `Loggers` keep what they require.
+    """
+    if everyone.place != 0:
+        return Loggers([])
+    optional = [RunLogger(run)] if run is not None else list[Logger]()
+    required = [loggers] if isinstance(loggers, Loggers) else []
+    return Loggers(required, optional + ([loggers] if loggers and not required else []))
