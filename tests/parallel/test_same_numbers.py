@@ -91,3 +91,8 @@ def test_initialisation_looks_at_the_whole_batch(initializer: dict[str, Any], po
     one = train(case, None, str(tmp_path))
     for mesh in ((1, 2), (2, 1)):
         assert_same(one, pools(2).train(case, mesh), 1e-9)
+
+
+def test_sparse_adam_where_the_latents_of_a_process_have_no_gradient(pools: Pools, tmp_path: Path) -> None:
+    case = Case("sae", "topk", steps=8, uneven=True, sae={"top_k": 1}, trainer={"optimizer_class": "sparseadam"})
+    assert_same(train(case, None, str(tmp_path)), pools(4).train(case, (1, 4)), 1e-9)

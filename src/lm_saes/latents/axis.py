@@ -90,6 +90,10 @@ class Axis:
                     own_FX[low - first : high - first] = block[low - start : high - start]
 
 
+ALONE = Axis()
+"""For what is asked without a dictionary, by one process."""
+
+
 @dataclass(frozen=True)
 class Axes:
     """The axes of a dictionary."""
