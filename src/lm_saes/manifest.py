@@ -14,34 +14,62 @@ MANIFEST = "manifest.json"
 _ENTRY = {"size": int, "sha256": str}
 
 
-def write_manifest(directory: str | Path, names: Iterable[str] | None = None) -> None:
-    """Write `manifest.json` for the files `names` of a directory (None: all that are there)."""
-    directory = Path(directory)
-    listed = sorted(_files(directory)) if names is None else sorted(names)
-    entries = {name: {"size": (directory / name).stat().st_size, "sha256": sha256(directory / name)} for name in listed}
-    write_json(directory / MANIFEST, {"files": entries})
+def write_manifest(
+    directory: str | Path, names: Iterable[str] | None = None, known: Mapping[str, Any] | None = None
+) -> None:
+    """Write `manifest.json` for the files `names` of a directory (None: all that are there).
+
+    Args:
+        known: entries of files that have been hashed already.
+    """
+    directory, known = Path(directory), known or {}
+    named = sorted(files_of(directory) if names is None else names)
+    write_json(directory / MANIFEST, {"files": {n: known[n] if n in known else entry(directory / n) for n in named}})
 
 
-def problems(directory: str | Path, *, hashes: bool = True, whole: bool = False) -> list[str]:
+def entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def problems(
+    directory: str | Path, *, hashes: bool = True, whole: bool = False, share: tuple[int, int] = (0, 1)
+) -> list[str]:
     """What is wrong with a directory that has a manifest, one line a file; nothing if every file is as it was saved.
 
     Args:
         hashes: False looks at sizes only.
         whole: the manifest is of the whole directory, so files that it does not name are wrong too.
+        share: `(place, n)`: hash every nth file only, as one of n processes that look at all of them together.
     """
     directory = Path(directory)
     try:
         entries = _entries(directory)
     except CheckpointError as error:
         return [str(error)]
-    found = [what for name, entry in entries.items() if (what := _wrong(directory, name, entry, hashes))]
-    extra = sorted(_files(directory) - entries.keys()) if whole else []
+    place, n = share
+    found = [
+        what
+        for i, (name, said) in enumerate(sorted(entries.items()))
+        if (what := _wrong(directory, name, said, hashes and i % n == place))
+    ]
+    extra = sorted(files_of(directory) - entries.keys()) if whole else []
     return found + [f"{name}: is not in {MANIFEST}" for name in extra]
 
 
-def listed(directory: str | Path) -> int:
-    """How many files the manifest of a directory names."""
-    return len(_entries(Path(directory)))
+def listed(directory: str | Path) -> Mapping[str, Any]:
+    """The files that the manifest of a directory names, with size and hash.
+
+    Raises:
+        CheckpointError: there is no manifest, or it cannot be read.
+    """
+    return _entries(Path(directory))
+
+
+def files_of(directory: Path) -> set[str]:
+    """All files of a directory and its folders but the manifest."""
+    paths = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix() for path in paths} - {MANIFEST}
 
 
 def check_file(directory: str | Path, name: str) -> None:
@@ -74,24 +102,19 @@ def _entries(directory: Path) -> Mapping[str, Any]:
     return files
 
 
-def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, dict) and {key: type(value) for key, value in entry.items()} == _ENTRY
+def _is_entry(said: Any) -> bool:
+    return isinstance(said, dict) and {key: type(value) for key, value in said.items()} == _ENTRY
 
 
-def _wrong(directory: Path, name: str, entry: Mapping[str, Any], hashes: bool) -> str:
+def _wrong(directory: Path, name: str, said: Mapping[str, Any], hashes: bool) -> str:
     path = directory / name
     try:
         if not path.is_file():
             return f"{name}: is missing"
-        if (size := path.stat().st_size) != entry["size"]:
-            return f"{name}: has {size} bytes, not {entry['size']}"
-        if hashes and sha256(path) != entry["sha256"]:
+        if (size := path.stat().st_size) != said["size"]:
+            return f"{name}: has {size} bytes, not {said['size']}"
+        if hashes and sha256(path) != said["sha256"]:
             return f"{name}: altered since it was saved"
     except OSError as error:
         return f"{name}: cannot be read ({error.strerror or error})"
     return ""
-
-
-def _files(directory: Path) -> set[str]:
-    paths = (path for path in directory.rglob("*") if path.is_file())
-    return {path.relative_to(directory).as_posix() for path in paths} - {MANIFEST}

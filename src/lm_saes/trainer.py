@@ -141,11 +141,11 @@ class Trainer(RunAttributes):
     def _prepare(self, sae: AbstractSparseAutoEncoder, stream: Peekable) -> Run:
         everyone = sae.axes.everywhere
         if self._run is None and self.cfg.from_pretrained_path is not None:
-            self.go_on_from(sae, checkpoint.find_checkpoint(self.cfg.from_pretrained_path))
+            self.go_on_from(sae, checkpoint.find_checkpoint(self.cfg.from_pretrained_path, sae.axes.everywhere))
         if self._run is None or self._source is not None:
             by_first(everyone, lambda: resume.refuse_older_run(self.cfg.exp_result_path, self._source))
             self._source = None
-        checkpoint.sweep(self.cfg.exp_result_path)
+        checkpoint.sweep(self.cfg.exp_result_path, sae.axes.everywhere)
         if self._stream_state is not None and isinstance(stream, Stateful):
             stream.load_state_dict(self._stream_state)
         elif self.cur_step:
@@ -207,7 +207,7 @@ class Trainer(RunAttributes):
             checkpoint.write(directory, sae, run.board, run.optimizer, progress, self._position(), self.wandb_run_id)
             self._saved = directory
         if self.cfg.keep_last is not None:
-            checkpoint.prune(path, run.plan.checkpoints, self.cfg.keep_last)
+            checkpoint.prune(path, run.plan.checkpoints, self.cfg.keep_last, sae.axes.everywhere)
 
     def _sign(self, sae: AbstractSparseAutoEncoder) -> None:
         """Write down in the dictionary what it has been trained on so far."""
@@ -224,7 +224,7 @@ class Trainer(RunAttributes):
             sae: a dictionary of the run's config, not folded (`from_pretrained(..., fold_activation_scale=False)`).
             checkpoint_path: a step's directory, or a run's directory for its newest step.
         """
-        directory = checkpoint.find_checkpoint(checkpoint_path)
+        directory = checkpoint.find_checkpoint(checkpoint_path, sae.axes.everywhere)
         trainer = cls(resume.saved_config(directory).model_copy(update={"from_pretrained_path": str(directory)}))
         trainer.go_on_from(sae, directory)
         return trainer

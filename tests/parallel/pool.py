@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -39,11 +39,15 @@ class Pool:
             for rank, log in enumerate(self._logs)
         ]  # fmt: skip
 
-    def train(self, case: Case, mesh: tuple[int, int]) -> dict[str, Tensor]:
+    def train(self, case: Case, mesh: tuple[int, int], **options: Any) -> dict[str, Tensor]:
         """What `work.train` gives on a mesh of `data x model` processes."""
+        return self.run("train", case, mesh, **options)
+
+    def run(self, action: str, case: Case, mesh: tuple[int, int], **options: Any) -> dict[str, Tensor]:
+        """What one of `worker.ACTIONS` gives on a mesh of `data x model` processes; `options` are JSON values."""
         self._count += 1
         out = self._place / f"{self._count}.safetensors"
-        order = json.dumps({"case": asdict(case), "mesh": mesh, "out": str(out)})
+        order = json.dumps({"action": action, "case": asdict(case), "mesh": mesh, "out": str(out), "options": options})
         for worker in self._workers:
             assert worker.stdin is not None
             worker.stdin.write(order + "\n")

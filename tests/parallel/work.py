@@ -6,6 +6,7 @@ shapes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,23 +84,26 @@ def batches(case: Case) -> list[Batch]:
     return made
 
 
-def train(case: Case, mesh: DeviceMesh | None, place: str) -> dict[str, Tensor]:
-    """Train, and return losses and metrics, weights, what is selected, and dead counts."""
+def train(
+    case: Case, mesh: DeviceMesh | None, place: str, save_to: str = "", save_after: int = 0, resume: str = ""
+) -> dict[str, Tensor]:
+    """Train, and return losses and metrics, weights, what is selected, and dead counts.
+
+    Args:
+        save_to: a run's directory to save a checkpoint in `save_after` so many steps.
+        resume: the step's directory of a checkpoint to go on from.
+    """
     torch.manual_seed(5)
-    threshold: dict[str, Any] = {"init_log_jumprelu_threshold_value": -1.0} if case.act_fn == "jumprelu" else {}
-    initializer = Initializer(InitializerConfig(**threshold | case.initializer))
     whole = batches(case)
-    probe = whole[0]
-    own = share_of(whole, mesh)
-    sae = initializer.initialize_sae_from_config(config(case), own, device_mesh=mesh)
-    cfg = TrainerConfig(
-        total_training_tokens=case.steps * CONTEXTS * LENGTH * case.trainer.get("gradient_accumulation_steps", 1),
-        exp_result_path=place, log_frequency=1, dead_threshold=60, feature_sampling_window=5, clip_grad_norm=0.5,
-        amp_dtype=None,
-        **{"lr": 1e-2, **case.trainer},
-    )  # fmt: skip
+    probe, micro = whole[0], case.trainer.get("gradient_accumulation_steps", 1)
+    if resume:
+        own = share_of(whole[micro * int(resume.rpartition("_")[2]) :], mesh)
+        sae = AbstractSparseAutoEncoder.from_config(config(case), mesh)
+    else:
+        own = share_of(whole, mesh)
+        sae = initialise(case, own, mesh)
     results: dict[str, Tensor] = {}
-    trainer, reports = Trainer(cfg), list[dict[str, float]]()
+    trainer, reports = Trainer(settings(case, place, resume)), list[dict[str, float]]()
     stream = peekable(own)
     run = trainer._prepare(sae, stream)
     sae.train()
@@ -112,16 +116,40 @@ def train(case: Case, mesh: DeviceMesh | None, place: str) -> dict[str, Tensor]:
         if trainer.cur_step % REPORT == 0 or trainer.cur_step == case.steps:
             report = trainer._report(run)
             reports.append({name: value for name, value in report.items() if name != "details/tokens_per_second"})
+        if trainer.cur_step == save_after:
+            trainer.save_checkpoint(sae, save_to)
     for name in reports[-1].keys() | reports[0].keys():
         results[f"report.{name}"] = torch.tensor([r.get(name, 0.0) for r in reports], dtype=torch.float64)
-    for name, tensor in sae.full_state_dict().items():
-        results[f"weights.{name}"] = joined(sae, tensor, sae.file_dim_maps().get(name, {}).get("model"))
+    results |= weights_of(sae)
     results["waited"] = joined(sae, run.board.dead.tokens_since_last_activation, -1)
     with torch.no_grad():
         sae.attach(sae.axes.of_whole_batches())
         dense = sae.record(probe).code.dense()
         results["chosen"] = joined(sae, (dense > 0).to(torch.int8), 1)
     return results
+
+
+def initialise(case: Case, own: Iterator[Batch], mesh: DeviceMesh | None) -> AbstractSparseAutoEncoder:
+    """A dictionary with fresh weights."""
+    threshold: dict[str, Any] = {"init_log_jumprelu_threshold_value": -1.0} if case.act_fn == "jumprelu" else {}
+    initializer = Initializer(InitializerConfig(**threshold | case.initializer))
+    return initializer.initialize_sae_from_config(config(case), own, device_mesh=mesh)
+
+
+def settings(case: Case, place: str, resume: str = "") -> TrainerConfig:
+    """The trainer's settings."""
+    return TrainerConfig(
+        total_training_tokens=case.steps * CONTEXTS * LENGTH * case.trainer.get("gradient_accumulation_steps", 1),
+        exp_result_path=place, log_frequency=1, dead_threshold=60, feature_sampling_window=5, clip_grad_norm=0.5,
+        amp_dtype=None, from_pretrained_path=resume or None,
+        **{"lr": 1e-2, **case.trainer},
+    )  # fmt: skip
+
+
+def weights_of(sae: AbstractSparseAutoEncoder) -> dict[str, Tensor]:
+    """All processes' weights, by `weights.` and their names in files."""
+    dims = {name: maps.get("model") for name, maps in sae.file_dim_maps().items()}
+    return {f"weights.{name}": joined(sae, tensor, dims.get(name)) for name, tensor in sae.full_state_dict().items()}
 
 
 def joined(sae: AbstractSparseAutoEncoder, part: Tensor, dim: int | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""A process of a test's pool: reads cases from standard input, one JSON object a line, and answers each with a line."""
+"""A process of a test's pool: reads orders, one JSON object a line, and answers each with a line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from safetensors.torch import save_file
 
 from lm_saes.parallel.mesh import start
 
+from .saving import full_disk, loaded, refused
 from .work import Case, train
+
+ACTIONS = {act.__name__: act for act in (train, full_disk, loaded, refused)}
 
 
 def main() -> None:
@@ -24,13 +27,16 @@ def main() -> None:
         try:
             if sizes not in meshes:
                 meshes[sizes] = start(*sizes)
-            results = train(Case(**order["case"]), meshes[sizes], order["out"] + ".run")
+            act = ACTIONS[order["action"]]
+            results = act(Case(**order["case"]), meshes[sizes], order["out"] + ".run", **order["options"])
             if dist.get_rank() == 0:
                 save_file({name: tensor.contiguous() for name, tensor in results.items()}, order["out"])
             answer = "done"
         except Exception:
             answer = traceback.format_exc()
         print(json.dumps(answer), flush=True)
+        if answer != "done":
+            break  # the others would wait for this process
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lm_saes.dictionaries.config import BaseSAEConfig
-from lm_saes.dictionaries.files import Stored, load_weights, read_k, read_provenance
+from lm_saes.dictionaries.files import Stored, read_k, read_provenance
 from lm_saes.dictionaries.initializing import Initializing
 from lm_saes.dictionaries.loss_result import LossResult
 from lm_saes.dictionaries.normalization import Normalizing
@@ -269,11 +269,7 @@ class AbstractSparseAutoEncoder(Initializing, Selecting, Normalizing, Stored, AB
             CheckpointError: files are missing or do not fit together.
         """
         dictionary = cls.from_config(BaseSAEConfig.from_pretrained(path, **overrides), device_mesh)
-        weights = load_weights(path)
-        if dictionary.axes.latents.size > 1:
-            from lm_saes.parallel.sharding import own_part
-
-            weights = own_part(dictionary, weights)
+        weights = dictionary.read_weights(path)
         try:
             dictionary.load_full_state_dict(weights, strict=strict_loading)
         except CheckpointError as error:

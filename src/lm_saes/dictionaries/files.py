@@ -1,5 +1,6 @@
 """Dictionary files: `sae_weights.safetensors` and `config.json`; old weights in `.pt` are read as tensors only.
 
+A dictionary whose parts many processes hold has `sae_weights.dcp/` instead of the one file.
 `manifest.json` holds their sizes and hashes, `provenance.json` where the dictionary comes from; both may be absent. A k
 in use that is not the config's `top_k` (a k schedule that has not ended) is noted in the weights' metadata.
 """
@@ -7,29 +8,28 @@ in use that is not the config's `top_k` (a k schedule that has not ended) is not
 from __future__ import annotations
 
 import json
-import os
-import re
 from abc import abstractmethod
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.errors import CheckpointError
-from lm_saes.files import drafted, share_as_usual, write_json
-from lm_saes.manifest import MANIFEST, check_file, write_manifest
+from lm_saes.files import remove, write_json
+from lm_saes.latents.axis import Axes
+from lm_saes.manifest import MANIFEST, check_file, listed, write_manifest
+from lm_saes.parts import Parts
+from lm_saes.tensors import load_tensors, save_tensors
 
 CONFIG = "config.json"
-WEIGHTS = "sae_weights.safetensors"
+WEIGHTS, SHARDS, OLD_WEIGHTS = "sae_weights.safetensors", "sae_weights.dcp", "sae_weights.pt"
 PROVENANCE = "provenance.json"
 _K = "current_k"
 _NORM_KEY = "dataset_average_activation_norm."
-_OPTIONAL_KEYS = frozenset({"activation_function.batch_topk_threshold"})
+OPTIONAL_KEYS = frozenset({"activation_function.batch_topk_threshold"})
 
 
 class Stored(nn.Module):
@@ -38,6 +38,7 @@ class Stored(nn.Module):
     cfg: BaseSAEConfig
     dataset_average_activation_norm: dict[str, float] | None
     selection_norm: Tensor | None
+    axes: Axes
     provenance: dict[str, Any] | None = None
     """Where it comes from, as JSON values: versions, model, data, tokens, metrics; saved and loaded with it."""
 
@@ -64,61 +65,89 @@ class Stored(nn.Module):
         weights = {name: t for name, t in state.items() if name not in norms}
         wanted = dict.fromkeys([_NORM_KEY + hook for hook in self.cfg.associated_hook_points], torch.zeros(()))
         unused = wanted.keys() if self.cfg.norm_activation != "dataset-wise" else set[str]()
-        check_fit({**self.state_dict(), **wanted}, {**weights, **norms}, strict, optional=_OPTIONAL_KEYS | unused)
+        check_fit({**self.state_dict(), **wanted}, {**weights, **norms}, strict, optional=OPTIONAL_KEYS | unused)
         self.load_state_dict(weights, strict=False)
         if norms:
             self.dataset_average_activation_norm = {name.removeprefix(_NORM_KEY): float(t) for name, t in norms.items()}
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Write the weights to one safetensors file."""
+        save_tensors(self.full_state_dict(), path, self.file_metadata)
+
+    @property
+    def file_metadata(self) -> dict[str, str] | None:
+        """What the weights' header notes: the k in use, where it is not the config's."""
         scheduled = self.current_k not in (None, self.cfg.top_k)
-        save_tensors(self.full_state_dict(), path, {_K: str(self.current_k)} if scheduled else None)
+        return {_K: str(self.current_k)} if scheduled else None
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write weights, `config.json`, provenance and their manifest, as trained (nothing folded)."""
+        """Write weights, `config.json`, provenance and their manifest, as trained (nothing folded).
+
+        Processes that each hold a part have to call it together; each writes its own.
+        """
         directory = Path(directory)
+        if self.axes.everywhere.size > 1:
+            from lm_saes.parallel.dictionaries import save_parts
+
+            save_parts(self, directory)  # type: ignore[arg-type]
+            return
         directory.mkdir(parents=True, exist_ok=True)
         (directory / MANIFEST).unlink(missing_ok=True)  # else it would contradict the new files if one fails
         self.save_checkpoint(directory / WEIGHTS)
+        remove(directory / SHARDS)
         self.cfg.save_hyperparameters(directory)
         self.save_provenance(directory)
 
-    def save_provenance(self, directory: str | Path) -> None:
-        """Write `provenance.json`, if there is any, and the manifest of the dictionary's files."""
-        file = Path(directory, PROVENANCE)
+    def save_provenance(self, directory: str | Path, known: Mapping[str, Any] | None = None) -> None:
+        """Write `provenance.json`, if there is any, and the manifest of the dictionary's files.
+
+        Args:
+            known: the manifest's entries of files that have been hashed already.
+        """
+        directory = Path(directory)
+        self.write_provenance(directory)
+        own = [CONFIG, *([] if self.provenance is None else [PROVENANCE])]
+        write_manifest(directory, [*own, *(weight_files(directory) or [WEIGHTS])], known)
+
+    def write_provenance(self, directory: Path) -> None:
+        """Write `provenance.json`, if there is any."""
         if self.provenance is None:
-            file.unlink(missing_ok=True)  # that of what lay here before
+            (directory / PROVENANCE).unlink(missing_ok=True)  # that of what lay here before
         else:
-            write_json(file, self.provenance)
-        write_manifest(directory, [CONFIG, WEIGHTS, *([] if self.provenance is None else [PROVENANCE])])
+            write_json(directory / PROVENANCE, self.provenance)
+
+    def read_weights(self, path: str | Path) -> dict[str, Tensor]:
+        """The tensors of a dictionary's directory, as far as this process holds them.
+
+        Raises:
+            CheckpointError: there are none, or they cannot be read.
+        """
+        if self.axes.everywhere.size == 1:
+            return load_weights(path)
+        from lm_saes.parallel.dictionaries import read_parts
+
+        return read_parts(self, Path(path))  # type: ignore[arg-type]
 
 
-def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors to one safetensors file, whole or not at all."""
-    with drafted(path) as draft:
-        try:
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, draft, metadata)
-        except SafetensorError as error:  # which is no OSError even where the disk is full
-            if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-        share_as_usual(draft)
+def weight_files(directory: Path) -> list[str]:
+    """Names of the files in a dictionary's directory that hold weights."""
+    one = [WEIGHTS] if (directory / WEIGHTS).exists() else []
+    return one + sorted(f"{SHARDS}/{file.name}" for file in (directory / SHARDS).glob("*"))
 
 
-def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
+def files_to_check(directory: Path) -> list[str]:
+    """Names of the files that weights are read from: the one, or all shards."""
+    return [WEIGHTS] if (directory / WEIGHTS).exists() else shards_to_check(directory)
 
-    Raises:
-        CheckpointError: it is missing, torn, or not safetensors.
-    """
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); restore the file") from error
+
+def shards_to_check(directory: Path) -> list[str]:
+    """Names of all shards of weights, those that only the manifest names too."""
+    named = listed(directory) if (directory / MANIFEST).exists() else ()
+    return sorted({name for name in [*weight_files(directory), *named] if name.startswith(f"{SHARDS}/")})
 
 
 def load_weights(directory: str | Path) -> dict[str, Tensor]:
-    """The weights in a dictionary's directory: `sae_weights.safetensors`, else `sae_weights.pt` (tensors only).
+    """All weights in a dictionary's directory: `sae_weights.safetensors`, else `.pt` (tensors only), else `.dcp`.
 
     Raises:
         CheckpointError: there are none, or they cannot be read.
@@ -129,7 +158,12 @@ def load_weights(directory: str | Path) -> dict[str, Tensor]:
     if (directory / WEIGHTS).exists():
         check_file(directory, WEIGHTS)
         return load_tensors(directory / WEIGHTS)
-    old = directory / "sae_weights.pt"
+    old = directory / OLD_WEIGHTS
+    if not old.exists() and (directory / SHARDS).exists():
+        for name in files_to_check(directory):
+            check_file(directory, name)
+        with Parts(directory / SHARDS) as parts:
+            return {name: parts.read(name) for name in parts.shapes}
     if not old.exists():
         raise CheckpointError(f"{directory}: holds no {WEIGHTS}; give the directory that save_pretrained wrote")
     try:
@@ -164,11 +198,11 @@ def check_fit(
 
 def read_k(directory: str | Path) -> int | None:
     """The k that was in use when a dictionary was saved, where that was not yet its config's `top_k`."""
-    weights = Path(directory, WEIGHTS)
+    weights = Path(directory, WEIGHTS if Path(directory, WEIGHTS).exists() else SHARDS)
     if not weights.exists():
         return None
-    with safe_open(weights, framework="pt") as file:
-        k = (file.metadata() or {}).get(_K)
+    with Parts(weights) as parts:
+        k = parts.metadata.get(_K)
     if k is not None and not (k.isascii() and k.isdigit() and int(k) > 0):
         raise CheckpointError(f"{weights}: {_K}={k!r} is not a number of latents; save the dictionary again")
     return None if k is None else int(k)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lm_saes.dictionaries.record import Record
+from lm_saes.latents.axis import Axis
 
 if TYPE_CHECKING:
     from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
@@ -41,8 +42,12 @@ class Metric(ABC):
     the whole batch (still of these latents).
     """
 
+    of_tokens: ClassVar[bool] = True
+    """Whether totals are sums over tokens (those of `observe`), not facts of whole batches (those of `step`)."""
     of_latents: ClassVar[frozenset[str]] = frozenset()
-    """Totals of `observe` that are sums over latents."""
+    """Totals that are sums over latents."""
+    by_latent: ClassVar[frozenset[str]] = frozenset()
+    """Totals of `step` that have an entry for each latent, in their last dimension."""
     registry: ClassVar[list[type[Metric]]] = []
 
     def __init_subclass__(cls, **kwargs) -> None:
@@ -72,12 +77,15 @@ class Metric(ABC):
         """The values of the window that ends now; only called if something was taken in."""
 
     def collected(self) -> dict[str, Tensor]:
-        """The totals of `observe`, over the whole batches and all latents. Every process has to ask."""
+        """The totals, over the whole batches and all latents. Every process has to ask."""
+        return {name: self.adds_over(name).total(total) for name, total in self.totals.items()}
+
+    def adds_over(self, name: str) -> Axis:
+        """The axis over which the processes' values of a total add up to the whole."""
         axes = self.dictionary.axes
-        return {
-            name: (axes.everywhere if name in self.of_latents else axes.tokens).total(total)
-            for name, total in self.totals.items()
-        }
+        if name in self.of_latents:
+            return axes.everywhere if self.of_tokens else axes.latents
+        return axes.tokens if self.of_tokens else Axis()
 
     def end_window(self) -> None:
         """Begin the next window; called after every report."""

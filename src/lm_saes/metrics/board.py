@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lm_saes.dictionaries.record import Record
+from lm_saes.latents.axis import Axis
 from lm_saes.metrics.base import Metric, StepFacts
 from lm_saes.training.dead_latents import DeadLatents
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 Pass = tuple[Record, dict[str, Tensor]]
 """One forward pass and its loss terms."""
+_WAITED = "tokens_since_last_activation"
 _LOSS_ONLY = frozenset({"Losses"})
 
 
@@ -104,15 +106,23 @@ class Board:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What a checkpoint keeps."""
         self._forget_idle_window()
-        yield "tokens_since_last_activation", self.dead.tokens_since_last_activation
+        yield _WAITED, self.dead.tokens_since_last_activation
         for metric in self.metrics:
             for name, total in metric.state_dict().items():
                 yield f"metrics.{type(metric).__name__}.{name}", total
 
+    def adds_over(self, name: str) -> Axis | None:
+        """The axis over which processes' tensors of a checkpoint add up; None: each has those of its latents, last."""
+        kind, _, total = name.removeprefix("metrics.").partition(".")
+        metric = next((metric for metric in self.metrics if type(metric).__name__ == kind), None)
+        if metric is None:
+            return None if name == _WAITED else Axis()
+        return None if total in metric.by_latent else metric.adds_over(total)
+
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what a checkpoint kept."""
         device = self.dead.tokens_since_last_activation.device
-        self.dead.tokens_since_last_activation = tensors["tokens_since_last_activation"].to(device)
+        self.dead.tokens_since_last_activation = tensors[_WAITED].to(device)
         self.dead.refresh()
         self.dead.make_room()
         for metric in self.metrics:

@@ -11,6 +11,8 @@ from lm_saes.metrics.base import Metric, StepFacts
 class Weights(Metric):
     """Mean norms of encoder and decoder directions, norm of the decoder bias, mean threshold: as of the report."""
 
+    of_tokens = False
+
     def step(self, facts: StepFacts) -> None:
         self.totals = {"seen": facts.one}
 
@@ -30,6 +32,8 @@ class Weights(Metric):
 
 class Gradients(Metric):
     """Global gradient norms before and after clipping: mean over the window, and the largest as `..._max`."""
+
+    of_tokens = False
 
     def step(self, facts: StepFacts) -> None:
         self.add("steps", facts.one)

@@ -41,6 +41,9 @@ class FiringFrequency(Metric):
     Counted over `feature_sampling_window` steps. A full window is reported once, at the first report after it ends.
     """
 
+    of_tokens = False
+    by_latent = frozenset({"counts", "full_counts"})
+
     def step(self, facts: StepFacts) -> None:
         for name, value in (("steps", facts.one), ("tokens", facts.n_tokens), ("counts", facts.fired_counts)):
             self.add(name, value)
@@ -77,10 +80,13 @@ def _power(limit: float) -> str:
 class Dead(Metric):
     """`sparsity/dead`: latents that count as dead now; `sparsity/k`: the k in use."""
 
+    of_tokens = False
+    of_latents = frozenset({"dead"})
+
     def step(self, facts: StepFacts) -> None:
         self.totals = {"dead": facts.n_dead.detach()}
 
     def report(self) -> dict[str, float]:
-        k, dead = self.dictionary.current_k, self.dictionary.axes.latents.total(self.totals["dead"])
+        k, dead = self.dictionary.current_k, self.collected()["dead"]
         layers = {f"sparsity/dead_layer{i}": float(n) for i, n in enumerate(dead if dead.ndim else ())}
         return {"sparsity/dead": float(dead.sum()), **layers} | ({} if k is None else {"sparsity/k": float(k)})

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lm_saes.errors import ConfigError
+from lm_saes.errors import CheckpointError, ConfigError
 from lm_saes.parallel.mesh import MODEL, axes_of
+from lm_saes.parts import Cut, Held
 
 if TYPE_CHECKING:
     from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
@@ -75,6 +76,40 @@ def latent_numbers(dictionary: AbstractSparseAutoEncoder) -> Tensor:
     latents, shape = dictionary.axes.latents, dictionary.dead_shape
     whole = torch.arange(math.prod(shape) * latents.size, device=dictionary.cfg.device).view(*shape[:-1], -1)
     return cut(whole, -1, dictionary.latent_runs, latents.place, latents.size).flatten()
+
+
+def cut_of(dictionary: AbstractSparseAutoEncoder, dim: int | None, shape: Sequence[int]) -> Cut | None:
+    """How a tensor of a shape is cut along its latents, which are in dimension `dim` (None: nowhere).
+
+    Raises:
+        CheckpointError: it cannot be.
+    """
+    latents = dictionary.axes.latents
+    if dim is None or not shape or latents.size == 1:
+        return None
+    dim %= len(shape)
+    runs = runs_of(dictionary, shape[dim])
+    if any(run % latents.size for run in runs):
+        raise CheckpointError(f"a tensor of shape {tuple(shape)} cannot be cut for {latents.size} processes: {runs}")
+    return Cut(dim, tuple(runs), latents)
+
+
+def held(
+    dictionary: AbstractSparseAutoEncoder, tensors: Mapping[str, Tensor], dims: Mapping[str, int]
+) -> dict[str, Held]:
+    """This process's tensors, and how they are cut from the whole: along dimension `dims[name]`, if there is one."""
+    n, found = dictionary.axes.latents.size, dict[str, Held]()
+    for name, tensor in tensors.items():
+        dim, shape = dims.get(name), list(tensor.shape)
+        if dim is not None and shape:
+            shape[dim] *= n
+        found[name] = tensor, cut_of(dictionary, dim, shape)
+    return found
+
+
+def latent_dims(maps: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """The dimension of latents of each tensor that has one, from `dim_maps()` or `file_dim_maps()`."""
+    return {name: dims[MODEL] for name, dims in maps.items() if MODEL in dims}
 
 
 def _check_even(cfg: BaseSAEConfig, size: int, n: int) -> None:

@@ -1,11 +1,15 @@
-"""Checkpoints of a run: `checkpoints/step_N/`, whole or absent, tensors in safetensors and the rest in JSON."""
+"""Checkpoints of a run: `checkpoints/step_N/`, whole or absent, tensors in safetensors and the rest in JSON.
+
+Of a run over several processes each writes its own parts; the files' names are those of one process with `.dcp`, for a
+folder, instead of `.safetensors`. Either kind is read by any number of processes.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,16 @@ import torch
 from torch import Tensor
 
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
-from lm_saes.dictionaries.files import WEIGHTS, load_tensors, load_weights, save_tensors
+from lm_saes.dictionaries.files import WEIGHTS, load_weights
 from lm_saes.errors import CheckpointError
 from lm_saes.files import drafted, remove
+from lm_saes.latents.axis import ALONE, Axis
 from lm_saes.manifest import problems, write_manifest
 from lm_saes.metrics.board import Board
+from lm_saes.parallel.agree import by_first, exchange, save_together
+from lm_saes.tensors import load_tensors, save_tensors
+from lm_saes.training import checkpoint_parts
+from lm_saes.training.checkpoint_parts import RNG
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +54,14 @@ def saved_steps(run: str | Path) -> dict[int, Path]:
     return {step: path for step, path in all_steps(run).items() if not problems(path, hashes=False)}
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: str | Path, axis: Axis = ALONE) -> Path:
     """The checkpoint that `path` means: a step's directory itself, or the newest whole one of a run's directory.
 
     Every file is read and compared with the manifest. Of a run's directory, newer checkpoints that are torn or altered
     are named in a warning and passed over.
+
+    Args:
+        axis: the processes that look together: each file is read by one of them, and all come to the same answer.
 
     Raises:
         CheckpointError: there is none.
@@ -57,19 +69,24 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     where = f"from_pretrained_path={str(path)!r}"
     if (path / PROGRESS).exists() or (path.parent.name == "checkpoints" and re.fullmatch(r"step_\d+", path.name)):
-        if wrong := problems(path, whole=True):
+        if wrong := _problems(path, axis):
             raise CheckpointError(f"{where}: torn, {'; '.join(wrong)}; use an older checkpoint")
         return path
-    put_back(path)
+    by_first(axis, lambda: put_back(path))
     passed_over = {}
     for step in reversed(all_steps(path).values()):
-        if not (wrong := problems(step, whole=True)):
+        if not (wrong := _problems(step, axis)):
             for name, reason in passed_over.items():
                 log.warning("%s: torn, %s; going on from %s instead", name, reason, step.name)
             return step
         passed_over[step] = "; ".join(wrong)
     torn = "".join(f" ({name.name}: {reason})" for name, reason in passed_over.items())
     raise CheckpointError(f"{where}: holds no whole checkpoint{torn}; give a run's or a step's directory")
+
+
+def _problems(path: Path, axis: Axis) -> list[str]:
+    found = exchange(axis, problems(path, whole=True, share=(axis.place, axis.size)))
+    return list(dict.fromkeys(line for lines in found for line in lines))
 
 
 def write(
@@ -81,13 +98,14 @@ def write(
     stream_state: dict[str, Any] | None,
     wandb_run_id: str | None,
 ) -> None:
-    """Save everything that training goes on from as the step directory `path`."""
-    with drafted(path) as draft:
-        draft.mkdir()
-        sae.save_pretrained(draft)
+    """Save everything that training goes on from as the step directory `path`.
+
+    Processes that train together have to call it together; an `OSError` in one is raised in all.
+    """
+    axis = sae.axes.everywhere
+
+    def write_rest(draft: Path) -> None:
         _write_json(draft / PROGRESS, progress)
-        save_tensors({"rng.cpu": torch.get_rng_state(), **dict(board.tensors())}, draft / "state.safetensors")
-        save_tensors(dict(_optimizer_tensors(optimizer)), draft / "optimizer.safetensors")
         if stream_state is not None:
             values, tensors = split_tensors(stream_state)
             _write_json(draft / STREAM, values)
@@ -95,7 +113,30 @@ def write(
                 save_tensors(tensors, draft / "stream.safetensors")
         if wandb_run_id is not None:
             _write_json(draft / "wandb_run_id.json", {"wandb_run_id": wandb_run_id})
+
+    def write_own(draft: Path) -> list[Path]:
+        parts = checkpoint_parts.write_own(draft, sae, board, _state(board), _optimizer_tensors(optimizer))
+        if axis.place > 0:
+            return parts
+        sae.cfg.save_hyperparameters(draft)
+        sae.write_provenance(draft)
+        write_rest(draft)
+        return parts + [path for path in draft.iterdir() if path.is_file()]
+
+    if axis.size > 1:
+        save_together(path, axis, write_own, with_manifest=True)
+        return
+    with drafted(path) as draft:
+        draft.mkdir()
+        sae.save_pretrained(draft)
+        save_tensors(_state(board), draft / "state.safetensors")
+        save_tensors(_optimizer_tensors(optimizer), draft / "optimizer.safetensors")
+        write_rest(draft)
         write_manifest(draft)
+
+
+def _state(board: Board) -> dict[str, Tensor]:
+    return {RNG: torch.get_rng_state(), **dict(board.tensors())}
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -124,14 +165,19 @@ def read_tensors(path: Path, sae: AbstractSparseAutoEncoder, board: Board, optim
     Raises:
         CheckpointError: the checkpoint cannot be read or is another dictionary's.
     """
-    sae.load_full_state_dict(load_weights(path / WEIGHTS))
-    tensors = load_tensors(path / "state.safetensors")
+    if sae.axes.everywhere.size == 1 and (path / WEIGHTS).exists():
+        weights = load_weights(path / WEIGHTS)
+        state, moments = (load_tensors(path / f"{name}.safetensors") for name in ("state", "optimizer"))
+    else:
+        weights, state, moments = checkpoint_parts.read_own(path, sae, board)
+    sae.load_full_state_dict(weights)
     try:
-        torch.set_rng_state(tensors.pop("rng.cpu"))
-        board.restore(tensors)
+        torch.set_rng_state(state.pop(RNG))
+        board.restore(state)
     except KeyError as error:
-        raise CheckpointError(f"{path}/state.safetensors: has no {error}; go on from another checkpoint") from error
-    _load_optimizer(optimizer, load_tensors(path / "optimizer.safetensors"), path)
+        where = next(path.glob("state.*"))
+        raise CheckpointError(f"{where}: has no {error}; go on from another checkpoint") from error
+    _load_optimizer(optimizer, moments, path)
 
 
 def read_stream(path: Path) -> dict[str, Any] | None:
@@ -156,26 +202,36 @@ def put_back(run: str | Path) -> None:
             old.rename(place)
 
 
-def sweep(run: str | Path) -> None:
-    """Remove what a kill in the middle of a save has left."""
-    put_back(run)
-    for left in [*Path(run, "checkpoints").glob(".step_*.old"), *Path(run, "checkpoints").glob(".step_*.draft")]:
-        remove(left)
+def sweep(run: str | Path, axis: Axis = ALONE) -> None:
+    """Remove what a kill in the middle of a save has left; of several processes, the first does."""
+
+    def remove_drafts() -> None:
+        put_back(run)
+        for left in [*Path(run, "checkpoints").glob(".step_*.old"), *Path(run, "checkpoints").glob(".step_*.draft")]:
+            remove(left)
+
+    by_first(axis, remove_drafts)
 
 
-def prune(run: str | Path, scheduled: Set[int], keep_last: int) -> None:
-    """Remove all but the newest `keep_last` of the checkpoints that are not scheduled."""
-    extra = [path for step, path in saved_steps(run).items() if step not in scheduled]
-    for path in extra[:-keep_last]:
-        doomed = path.with_name(f".{path.name}.draft")  # a kill in the middle leaves no torn checkpoint
-        remove(doomed)
-        remove(path.rename(doomed))
+def prune(run: str | Path, scheduled: Set[int], keep_last: int, axis: Axis = ALONE) -> None:
+    """Remove all but the newest `keep_last` of the checkpoints that are not scheduled; the first process does."""
+
+    def remove_extra() -> None:
+        extra = [path for step, path in saved_steps(run).items() if step not in scheduled]
+        for path in extra[:-keep_last]:
+            doomed = path.with_name(f".{path.name}.draft")  # a kill in the middle leaves no torn checkpoint
+            remove(doomed)
+            remove(path.rename(doomed))
+
+    by_first(axis, remove_extra)
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    for group in optimizer.param_groups:
-        for key, value in optimizer.state[group["params"][0]].items():
-            yield f"{group['name']}.{key}", value
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{group['name']}.{key}": value
+        for group in optimizer.param_groups
+        for key, value in optimizer.state[group["params"][0]].items()
+    }
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, stored: Mapping[str, Tensor], path: Path) -> None:

@@ -13,7 +13,7 @@ from lm_saes.config import LENIENT, describe
 from lm_saes.data.differences import differences
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
-from lm_saes.dictionaries.files import WEIGHTS
+from lm_saes.dictionaries.files import SHARDS, WEIGHTS
 from lm_saes.errors import CheckpointError, ConfigError
 from lm_saes.training import checkpoint
 from lm_saes.training.config import TrainerConfig
@@ -97,7 +97,7 @@ def refuse_older_run(path: str | Path, source: Path | None = None) -> None:
     """Raise `ConfigError` if a directory holds a run already, other than the one of the checkpoint `source`."""
     if source is not None and source.resolve().parents[1] == Path(path).resolve():
         return
-    if checkpoint.all_steps(path) or Path(path, WEIGHTS).exists():
+    if checkpoint.all_steps(path) or Path(path, WEIGHTS).exists() or Path(path, SHARDS).exists():
         raise ConfigError(
             f"trainer.exp_result_path={str(path)!r}: holds a run already; resume it, remove it, or name another"
         )

@@ -28,4 +28,4 @@ def verify(directory: str | Path) -> tuple[list[str], int, int]:
         )
     found = {part: problems(part, whole=part in steps or (part / PROGRESS).exists()) for part in parts}
     wrong = [f"{part / what}" for part, lines in found.items() for what in lines]
-    return wrong, sum(listed(part) for part in parts if not found[part]), len(parts)
+    return wrong, sum(len(listed(part)) for part in parts if not found[part]), len(parts)
