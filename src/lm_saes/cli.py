@@ -170,6 +170,31 @@ def verify(
 
 
 @app.command()
+def export(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A run's directory, a checkpoint's, or a saved dictionary's.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Where to write it, instead of DIR/sae_weights.safetensors."),
+    ] = None,
+) -> None:
+    """Make one file of weights from those that a run over several processes has saved in parts.
+
+    It is the file that one process would have saved. Memory for the whole dictionary is not needed.
+
+    \b
+    Examples:
+      lm-saes export results/run
+      lm-saes export results/run/checkpoints/step_733 --out shared/sae_weights.safetensors
+    """
+    with _mistakes_in_one_line():
+        from lm_saes.export import export as write
+
+        typer.echo(f"weights: {write(directory, out)}")
+
+
+@app.command()
 def settings(
     command: Annotated[
         Command, typer.Argument(metavar="COMMAND", help="The command whose settings to print.")

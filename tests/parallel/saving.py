@@ -15,9 +15,8 @@ from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.errors import CheckpointError
 from lm_saes.parallel.share import share_of
 from lm_saes.training.checkpoint import saved_steps
-from lm_saes.training.micro_batches import take
 
-from .work import Case, batches, initialise, settings, train, weights_of
+from .work import Case, batches, initialise, settings, take_step, train, weights_of
 
 
 def loaded(case: Case, mesh: DeviceMesh, place: str, directory: str, save_to: str = "") -> dict[str, Tensor]:
@@ -55,7 +54,7 @@ def full_disk(case: Case, mesh: DeviceMesh, place: str, run: str, full: int) -> 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     saved = []
     for step in range(3):
-        trainer._update(started, take(stream, 1, sae))
+        take_step(trainer, started, [next(stream)])
         if step == 1 and sae.axes.everywhere.place == full:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         saved.append(trainer._try_to_save(started))

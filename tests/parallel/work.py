@@ -22,6 +22,7 @@ from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.parallel.sharding import runs_of
 from lm_saes.parallel.share import share_of
 from lm_saes.training.pace import Pace
+from lm_saes.training.run import Run
 from lm_saes.training.update import update
 
 D, CONTEXTS, LENGTH = 6, 8, 5
@@ -107,11 +108,9 @@ def train(
     stream = peekable(own)
     run = trainer._prepare(sae, stream)
     sae.train()
-    pace = Pace(cfg, run, stream)
+    pace = Pace(trainer.cfg, run, stream)
     while batches_of_step := pace.take():
-        update(run, cfg, trainer.cur_step, batches_of_step)
-        trainer.cur_step += 1
-        trainer._settle(run)
+        take_step(trainer, run, batches_of_step)
         pace.agree(trainer.cur_step, None)
         if trainer.cur_step % REPORT == 0 or trainer.cur_step == case.steps:
             report = trainer._report(run)
@@ -127,6 +126,13 @@ def train(
         dense = sae.record(probe).code.dense()
         results["chosen"] = joined(sae, (dense > 0).to(torch.int8), 1)
     return results
+
+
+def take_step(trainer: Trainer, run: Run, batches_of_step: list[Batch]) -> None:
+    """One optimizer step, as the trainer's loop takes it."""
+    update(run, trainer.cfg, trainer.cur_step, batches_of_step)
+    trainer.cur_step += 1
+    trainer._settle(run)
 
 
 def initialise(case: Case, own: Iterator[Batch], mesh: DeviceMesh | None) -> AbstractSparseAutoEncoder:

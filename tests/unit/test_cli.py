@@ -89,6 +89,7 @@ def test_help_shows_the_commands_and_examples(lm_saes_command: Run, arguments: l
         "  generate ",
         "  evaluate ",
         "  verify ",
+        "  export ",
         "  settings ",
         "lm-saes train examples/quickstart.toml",
     ):
@@ -96,12 +97,12 @@ def test_help_shows_the_commands_and_examples(lm_saes_command: Run, arguments: l
     assert max(map(len, out.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "verify", "settings"])
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "verify", "export", "settings"])
 def test_every_command_explains_itself_with_an_example(lm_saes_command: Run, command: str) -> None:
     code, out, _ = lm_saes_command(command, "--help")
     assert code == 0
     assert f"    lm-saes {command} " in out
-    if command not in ("settings", "verify"):
+    if command not in ("settings", "verify", "export"):
         assert "--set a.b=VALUE" in out and ".toml, .yaml or .json" in out
     assert ("--resume" in out) == (command == "train")
 
