@@ -11,8 +11,9 @@ from lm_saes.dictionaries.files import OLD_WEIGHTS, SHARDS, WEIGHTS, files_to_ch
 from lm_saes.errors import CheckpointError
 from lm_saes.files import remove
 from lm_saes.manifest import MANIFEST, check_file
-from lm_saes.parallel.agree import by_first, exchange, save_together
+from lm_saes.parallel.saving import save_together
 from lm_saes.parallel.sharding import cut_of, held, latent_dims, own_part
+from lm_saes.parallel.together import by_first, exchange
 from lm_saes.parts import Parts, write_parts
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -27,20 +28,29 @@ def each(axis: Axis, act: Callable[[], T]) -> T:
     """What `act` gives here, once it has gone well on every process.
 
     Raises:
-        OtherProcessError: it has failed on another.
+        OtherProcessError: it has failed on another (`OSError`, if it was one there: a full disk is everybody's).
     """
     failure, result = None, None
     try:
         result = act()
     except Exception as error:
         failure = error
-    told = exchange(axis, None if failure is None else str(failure) or type(failure).__name__)
+    told = exchange(axis, None if failure is None else _told(failure))
     if failure is not None:
         raise failure
     for place, reason in enumerate(told):
+        if isinstance(reason, list):
+            raise OSError(*reason)
         if reason is not None:
             raise OtherProcessError(f"process {place}: {reason}")
     return result  # type: ignore[return-value]
+
+
+def _told(failure: Exception) -> str | list[Any]:
+    if not isinstance(failure, OSError):
+        return str(failure) or type(failure).__name__
+    where = None if failure.filename is None else str(failure.filename)
+    return [failure.errno or errno.EIO, failure.strerror or str(failure), where]
 
 
 def by_first(axis: Axis, act: Callable[[], T]) -> T:

@@ -23,7 +23,8 @@ from lm_saes.files import drafted, remove
 from lm_saes.latents.axis import ALONE, Axis
 from lm_saes.manifest import problems, write_manifest
 from lm_saes.metrics.board import Board
-from lm_saes.parallel.agree import by_first, exchange, save_together
+from lm_saes.parallel.saving import save_together
+from lm_saes.parallel.together import by_first, exchange
 from lm_saes.tensors import load_tensors, save_tensors
 from lm_saes.training import checkpoint_parts
 from lm_saes.training.checkpoint_parts import RNG
