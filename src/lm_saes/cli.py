@@ -226,10 +226,17 @@ def main() -> None:
     """Run the command and end the process: 0 done, 1 a bug (with traceback), 2 a user's mistake, 128 + n signal n."""
     _begin_to_log()
     try:
-        code = app(prog_name="lm-saes", standalone_mode=False)
-    except typer.TyperException as error:
-        _fail(f"{error.format_message().replace('Value error, ', '')} (see lm-saes --help)", error.exit_code)
-    sys.exit(code)
+        try:
+            code = app(prog_name="lm-saes", standalone_mode=False)
+        except typer.TyperException as error:
+            _fail(f"{error.format_message().replace('Value error, ', '')} (see lm-saes --help)", error.exit_code)
+        sys.exit(code)
+    except SystemExit as end:
+        if _STARTED_TOGETHER and (end.code is None or isinstance(end.code, int)):
+            from lm_saes.parallel.launch import leave
+
+            leave(end.code or 0)
+        raise
 
 
 def _begin_to_log() -> None:
