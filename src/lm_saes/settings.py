@@ -74,6 +74,11 @@ class TrainSettings(BaseConfig):
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> TrainSettings:
+        if self.activation_factory.batch_size < self.data_parallel_size:
+            raise ValueError(
+                f"data_parallel_size={self.data_parallel_size}: more processes than the "
+                f"{self.activation_factory.batch_size} rows of activation_factory.batch_size; lower it"
+            )
         if self.activation_factory.target == ActivationFactoryTarget.TOKENS:
             raise ValueError(
                 "activation_factory.target='tokens': holds no activations; use activations-1d or activations-2d"

@@ -77,6 +77,13 @@ def test_the_first_step_in_single_precision(kind: str, pools: Pools, tmp_path: P
         assert not {name: error for name, error in off.items() if not error < 1e-5}
 
 
+@pytest.mark.parametrize("act_fn", ["topk", "batchtopk", "jumprelu"])
+def test_a_last_batch_too_short_for_all(act_fn: str, pools: Pools, tmp_path: Path) -> None:
+    case = Case("sae", act_fn, steps=4, short_end=True, trainer=losses_of(act_fn))
+    one = train(case, None, str(tmp_path))
+    assert_same(one, pools(2).train(case, (2, 1)), 1e-9)
+
+
 @pytest.mark.parametrize(
     "initializer",
     [

@@ -53,6 +53,8 @@ class Case:
     initializer: dict[str, Any] = field(default_factory=dict)
     uneven: bool = False
     """Whether tokens are masked so that processes have different numbers of valid ones."""
+    short_end: bool = False
+    """Whether the last batch has one context only: too few for all processes to get one."""
 
 
 def config(case: Case) -> BaseSAEConfig:
@@ -82,6 +84,8 @@ def batches(case: Case) -> list[Batch]:
             ends = torch.arange(CONTEXTS)[:, None] * LENGTH // CONTEXTS
             batch["mask"] = torch.arange(LENGTH) <= ends
         made.append(batch)
+    if case.short_end:
+        made[-1] = {name: value[:1] for name, value in made[-1].items()}
     return made
 
 

@@ -33,7 +33,7 @@ def check_batch(batch: Mapping[str, Any], widths: Mapping[str, int], *, is_share
     shape = tuple(tokens.shape)
     if tokens.ndim not in (1, 2) or tokens.is_floating_point():
         raise DataError(f"batch: 'tokens' is {tokens.dtype} {list(shape)}; give int64 [batch] or [batch, seq]")
-    if tokens.numel() == 0 and not is_share:
+    if tokens.numel() == 0:
         raise DataError(f"batch: 'tokens' of shape {list(shape)} is empty; give at least one token")
     _check_mask(batch.get("mask"), shape, is_share)
     for hook_point, width in widths.items():

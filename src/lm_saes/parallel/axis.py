@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -39,8 +39,16 @@ class SharedAxis(Axis):
     def fewest(self, n: int) -> int:
         return int(self.reduce(torch.tensor(n), dist.ReduceOp.MIN))
 
-    def add_up(self, own: Tensor) -> None:
-        self.reduce(own)
+    def add_up(self, own: Tensor) -> Callable[[], object]:
+        self.traffic["all_reduce"] += own.nbytes
+        with answers():
+            sum_begun = dist.all_reduce(own, group=self.group, async_op=True)
+
+        def wait() -> None:
+            with answers():
+                sum_begun.wait()  # type: ignore[union-attr]
+
+        return wait
 
     def smallest(self, v: Tensor) -> Tensor:
         return self.reduce(v.detach().clone(memory_format=torch.contiguous_format), dist.ReduceOp.MIN)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -16,9 +17,16 @@ from lm_saes.parallel.mesh import axes_of
 
 
 def share(batch: Batch, place: int, n: int) -> Batch:
-    """The rows (tokens, or contexts) of a batch that belong to the process at a place, of n: none twice, none lost."""
+    """The rows (tokens, or contexts) of a batch that belong to the process at a place, of n: none twice, none lost.
+
+    Where there are too few for all, a process without one gets the first row with every token masked.
+    """
     size = len(batch["tokens"])
     low, high = place * size // n, (place + 1) * size // n
+    if 0 < size < n:
+        mask = batch["mask"] if batch.get("mask") is not None else torch.ones_like(batch["tokens"], dtype=torch.bool)
+        batch = {**batch, "mask": mask if low < high else torch.zeros_like(mask)}
+        low, high = (low, high) if low < high else (0, 1)
 
     def cut(value: Any) -> Any:
         return value[low:high] if isinstance(value, Tensor | list) else value

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -73,17 +74,45 @@ def backward(
                 record = sae.record(_on_device(batch, sae.cfg.device))
                 terms = objective(sae, record, settings, dead.is_dead, dead.room)
             share = (count / total.double()).to(terms["loss"]) if isinstance(total, Tensor) else count / total
-            (terms["loss"] * share).backward()
+            is_last = len(passes) + 1 == len(batches)
+            with adding_up_gradients(sae) if is_last else nullcontext():
+                (terms["loss"] * share).backward()
             passes.append((record, {name: value.detach() for name, value in terms.items()}))
-    add_up_gradients(sae)
     return passes
 
 
-def add_up_gradients(sae: AbstractSparseAutoEncoder) -> None:
-    """Give every process the gradients of the whole batch."""
-    for p in sae.parameters():
+@contextmanager
+def adding_up_gradients(sae: AbstractSparseAutoEncoder) -> Iterator[None]:
+    """Around the last backward pass of a step: every process then has the gradients of the whole batch.
+
+    The sum of a gradient begins as soon as it and those of all later parameters are there, while the pass goes on with
+    the others: in one order, as passes over different rows need not finish their gradients in the same.
+    """
+    tokens, missing = sae.axes.tokens, list(sae.parameters())
+    if tokens.size == 1:
+        yield
+        return
+    there, sums = set[Tensor](), list[Callable[[], object]]()
+
+    def begin(p: Tensor) -> None:
         if p.grad is not None:
-            sae.axes.tokens.add_up(p.grad.permute(storage_order(p.grad)))
+            sums.append(tokens.add_up(p.grad.permute(storage_order(p.grad))))
+
+    def begin_in_order(p: Tensor) -> None:
+        there.add(p)
+        while missing and missing[-1] in there:
+            begin(missing.pop())
+
+    hooks = [p.register_post_accumulate_grad_hook(begin_in_order) for p in missing]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for p in reversed(missing):
+        begin(p)
+    for wait in sums:
+        wait()
 
 
 def _on_device(batch: Batch, device: str) -> Batch:
