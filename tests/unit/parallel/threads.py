@@ -21,6 +21,9 @@ class ThreadAxis(Axis):
     def join(self, rows: Tensor) -> Tensor:
         return torch.cat(self._all(rows))
 
+    def fewest(self, n: int) -> int:
+        return int(self.smallest(torch.tensor(n)))
+
     def smallest(self, v: Tensor) -> Tensor:
         return torch.stack(self._all(v)).amin(0)
 

@@ -85,6 +85,10 @@ def test_after_the_last_step_nothing_is_read_ahead() -> None:
     class Watched(Axis):
         size = 2
 
+        def fewest(self, n: int) -> int:
+            read.append(n)
+            return n
+
         def smallest(self, v: torch.Tensor) -> torch.Tensor:
             read.append(cast(list[int], v.reshape(-1).tolist())[0])
             return v
