@@ -139,6 +139,21 @@ def take_step(trainer: Trainer, run: Run, batches_of_step: list[Batch]) -> None:
     trainer._settle(run)
 
 
+def traffic(case: Case, mesh: DeviceMesh, place: str) -> dict[str, Tensor]:
+    """What the first process hands to collectives in the second step, in bytes: of all_reduce, and of all_gather."""
+    own = share_of(batches(case), mesh)
+    sae = initialise(case, own, mesh)
+    trainer, stream = Trainer(settings(case, place, "")), peekable(own)
+    run = trainer._prepare(sae, stream)
+    axes = {name: getattr(sae.axes, name) for name in ("latents", "tokens")}
+    take_step(trainer, run, [next(stream)])
+    for axis in axes.values():
+        getattr(axis, "traffic", {}).clear()
+    take_step(trainer, run, [next(stream)])
+    handed = {name: getattr(axis, "traffic", {}) for name, axis in axes.items()}
+    return {name: torch.tensor([by.get("all_reduce", 0), by.get("all_gather", 0)]) for name, by in handed.items()}
+
+
 def initialise(case: Case, own: Iterator[Batch], mesh: DeviceMesh | None) -> AbstractSparseAutoEncoder:
     """A dictionary with fresh weights."""
     threshold: dict[str, Any] = {"init_log_jumprelu_threshold_value": -1.0} if case.act_fn == "jumprelu" else {}

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from lm_saes.parallel.mesh import start
 
 from .saving import full_disk, loaded, refused
-from .work import Case, train
+from .work import Case, traffic, train
 
-ACTIONS = {act.__name__: act for act in (train, full_disk, loaded, refused)}
+ACTIONS = {act.__name__: act for act in (train, traffic, full_disk, loaded, refused)}
 
 
 def main() -> None:
