@@ -262,8 +262,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"datasets": {"words": {"held_out_fraction": 0.0}}}, r"eval: no dataset keeps documents apart; set datasets"),
     ({"model": None}, r"model: missing; a source of type 'dataset' is read by a language model"),
     (
-        {"model_parallel_size": 2},
-        r"model_parallel_size=2: 1 x 2 = 2 processes, but 1 runs; change the sizes, or start it with torchrun",
+        {"data_parallel_size": 65},
+        r"data_parallel_size=65: more processes than the 64 rows of activation_factory.batch_size",
     ),
     ({"loggers": ["email"]}, r"loggers.0: must be 'console' or 'tensorboard' \(got 'email'\)"),
     ({"device_type": "tpu"}, r"device_type: must be 'cpu' or 'cuda' \(got 'tpu'\)"),
