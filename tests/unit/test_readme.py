@@ -79,9 +79,8 @@ def check_command(words: list[str]) -> None:
         case ["make", *rest]:
             for target in (word for word in rest if "=" not in word):
                 assert target in make_targets(), f"Makefile has no target {target!r}"
-        case ["torchrun", "--nproc-per-node", number, "-m", "lm_saes", *rest]:
-            assert int(number) > 1
-            check_command(["lm-saes", *rest])
+        case ["torchrun", *_]:
+            check_command(["lm-saes", *words[words.index("lm_saes") + 1 :]])
         case ["lm-saes", command, *rest]:
             group = typer.main.get_command(cli.app)
             commands = getattr(group, "commands", {})
