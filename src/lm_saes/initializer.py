@@ -154,7 +154,7 @@ class Initializer:
             for batch in batches
         ]
         for batch in batches:
-            check_batch(batch, dict.fromkeys(cfg.associated_hook_points, cfg.d_model))
+            check_batch(batch, cfg.widths)
         if cfg.norm_activation == "dataset-wise":
             if activation_norm is None and not batches:
                 raise ConfigError(

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lm_saes.errors import CheckpointError
-from lm_saes.latents.axis import Axes, Axis
+from lm_saes.latents.axis import ALONE, Axes, Axis
 from lm_saes.tensors import save_tensors
 
 _BEGINS, _BEGIN = "DCP_SHARDING_INFO", "saved_offsets"
@@ -45,6 +45,10 @@ class Cut:
             return [(0, sum(self.runs))]
         begins = itertools.accumulate(self.runs, initial=0)
         return [(begin + place * (run // n), run // n) for begin, run in zip(begins, self.runs, strict=False)]
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This process's part of a tensor."""
+        return torch.cat([whole.narrow(self.dim, begin, length) for begin, length in self.spans()], self.dim)
 
 
 Held = tuple[Tensor, Cut | None]
@@ -83,7 +87,7 @@ def _who_holds_the_same(cut: Cut | None, axes: Axes) -> Axis:
     if cut is None or cut.axis.size == 1:
         return axes.everywhere
     if cut.axis is axes.everywhere:
-        return Axis()
+        return ALONE
     return axes.tokens if cut.axis is axes.latents else axes.latents
 
 

@@ -49,8 +49,7 @@ def _check_first_batch(stream: Peekable, cfg: BaseSAEConfig, axes: Axes) -> None
             "activation_factory.sources: give not one batch, as no token counts; give text, and see to "
             "ignore_token_ids and max_norm_ratio"
         )
-    widths = dict.fromkeys(cfg.associated_hook_points, cfg.d_model)
-    check_batch(first[0], widths, is_share=axes.tokens.size > 1)
+    check_batch(first[0], cfg.widths, is_share=axes.tokens.size > 1)
 
 
 def _check_size(dictionary: AbstractSparseAutoEncoder, device: str) -> None:

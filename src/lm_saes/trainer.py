@@ -141,11 +141,11 @@ class Trainer(RunAttributes):
     def _prepare(self, sae: AbstractSparseAutoEncoder, stream: Peekable) -> Run:
         everyone = sae.axes.everywhere
         if self._run is None and self.cfg.from_pretrained_path is not None:
-            self.go_on_from(sae, checkpoint.find_checkpoint(self.cfg.from_pretrained_path, sae.axes.everywhere))
+            self.go_on_from(sae, checkpoint.find_checkpoint(self.cfg.from_pretrained_path, everyone))
         if self._run is None or self._source is not None:
             by_first(everyone, lambda: resume.refuse_older_run(self.cfg.exp_result_path, self._source))
             self._source = None
-        checkpoint.sweep(self.cfg.exp_result_path, sae.axes.everywhere)
+        checkpoint.sweep(self.cfg.exp_result_path, everyone)
         if self._stream_state is not None and isinstance(stream, Stateful):
             stream.load_state_dict(self._stream_state)
         elif self.cur_step:

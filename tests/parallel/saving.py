@@ -13,10 +13,9 @@ from lm_saes import Trainer
 from lm_saes.data.peek import peekable
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.errors import CheckpointError
-from lm_saes.parallel.share import share_of
 from lm_saes.training.checkpoint import saved_steps
 
-from .work import Case, batches, initialise, settings, take_step, train, weights_of
+from .work import Case, batches, initialise, settings, share_of, take_step, train, weights_of
 
 
 def loaded(case: Case, mesh: DeviceMesh, place: str, directory: str, save_to: str = "") -> dict[str, Tensor]:

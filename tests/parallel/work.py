@@ -6,7 +6,7 @@ shapes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,9 @@ from lm_saes.data.batch import Batch
 from lm_saes.data.peek import peekable
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
+from lm_saes.parallel.mesh import axes_of
 from lm_saes.parallel.sharding import runs_of
-from lm_saes.parallel.share import share_of
+from lm_saes.parallel.share import share
 from lm_saes.training.pace import Pace
 from lm_saes.training.run import Run
 from lm_saes.training.update import update
@@ -130,6 +131,16 @@ def train(
         dense = sae.record(probe).code.dense()
         results["chosen"] = joined(sae, (dense > 0).to(torch.int8), 1)
     return results
+
+
+def share_of(batches: Iterable[Batch], mesh: DeviceMesh | None) -> Iterator[Batch]:
+    """This process's shares of whole batches."""
+    if mesh is None:
+        yield from batches
+        return
+    tokens = axes_of(mesh).tokens
+    for batch in batches:
+        yield share(batch, tokens.place, tokens.size)
 
 
 def take_step(trainer: Trainer, run: Run, batches_of_step: list[Batch]) -> None:

@@ -91,6 +91,11 @@ class BaseSAEConfig(BaseConfig):
         return self
 
     @property
+    def widths(self) -> dict[str, int]:
+        """How wide the activations of each hook point must be."""
+        return dict.fromkeys(self.associated_hook_points, self.d_model)
+
+    @property
     def d_sae(self) -> int:
         """Number of latents."""
         return int(self.d_model * self.expansion_factor)

@@ -90,7 +90,7 @@ class Evaluator:
 
         for raw in stream:
             seen = reconstruction.n_tokens
-            check_batch(raw, dict.fromkeys(sae.cfg.associated_hook_points, sae.cfg.d_model))
+            check_batch(raw, sae.cfg.widths)
             batch, tokens, valid = _prepared(raw, sae.cfg.associated_hook_points, parameter)
             if downstream is not None and seen < cfg.downstream_tokens:
                 downstream.add(tokens, _first(cfg.downstream_tokens - seen, valid))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lm_saes import waiting
 from lm_saes.latents.activation_base import ActivationFunction, Missed
-from lm_saes.latents.axis import Axis
+from lm_saes.latents.axis import ALONE, Axis
 from lm_saes.latents.codes import Pattern
 from lm_saes.latents.kernels.plain import top_columns
 from lm_saes.latents.thresholds import DenseJumpReLU
@@ -205,7 +205,7 @@ class BatchTopK(ActivationFunction):
             valid_E = self._mask_N.index_select(0, rows_E // (pattern.n_rows // len(self._mask_N)))
             s_E = torch.where(valid_E, s_E, torch.finfo(s_E.dtype).min)
         if len(s_E) > self.n_pools * self._budget:
-            chosen_E = torch.stack(self._best_of_pools(s_E, rows_E, Axis(), None)).any(0)
+            chosen_E = torch.stack(self._best_of_pools(s_E, rows_E, ALONE, None)).any(0)
             places = torch.nonzero_static(chosen_E, size=self.n_pools * self._budget, fill_value=0).squeeze(1)
             s_E, rows_E = s_E.index_select(0, places), rows_E.index_select(0, places)
         kept_PE = [best_E & (s_E > 0) for best_E in self._best_of_pools(s_E, rows_E, self.axes.everywhere, self._limit)]

@@ -108,4 +108,4 @@ class Axes:
 
     def of_whole_batches(self) -> Axes:
         """The axes to use while every process sees the whole batch: initialisation, evaluation."""
-        return replace(self, tokens=Axis(), everywhere=self.latents)
+        return replace(self, tokens=ALONE, everywhere=self.latents)

@@ -15,7 +15,7 @@ from lm_saes import waiting
 from lm_saes.latents.activation_base import ActivationFunction, Chosen, Missed
 from lm_saes.latents.codes import Code, DenseCode, Pattern, SparseCode
 from lm_saes.latents.density import sparse_pays
-from lm_saes.latents.segments import offsets_of_rows
+from lm_saes.latents.segments import offsets_of_rows, places_of_columns
 from lm_saes.latents.thresholds import scaled, threshold_gradient
 
 
@@ -75,8 +75,7 @@ def _flat(candidates: Tensor, n_latents: int) -> Tensor:
         return candidates.view(-1).nonzero().squeeze(1)
     if candidates.ndim == 1:
         return candidates
-    first = torch.arange(0, len(candidates) * n_latents, n_latents, device=candidates.device)
-    return (candidates + first[:, None]).view(-1)
+    return places_of_columns(candidates, n_latents)
 
 
 class _Read(torch.autograd.Function):

@@ -26,7 +26,7 @@ from lm_saes.latents.density import sparse_pays
 from lm_saes.latents.found import Found, find_best, find_best_of_layers
 from lm_saes.latents.products import product, product_dtype, rows_at_once
 from lm_saes.latents.row_gradients import RowGradients, receiver
-from lm_saes.latents.segments import offsets_of_lengths, offsets_of_rows
+from lm_saes.latents.segments import offsets_of_lengths, offsets_of_rows, places_of_columns
 from lm_saes.latents.thresholds import threshold_gradient
 
 PROBE_TOKENS = 64
@@ -293,17 +293,17 @@ def _look(block: _Block, activation: ActivationFunction, tokens: slice) -> Found
     """Read one block at the activation function's candidates."""
     n_tokens, n_sites, n_latents = block.s_BSF.shape
     per_token = activation.rows_per_token(n_sites)
-    rows = slice(tokens.start * per_token, tokens.stop * per_token)
+    rows, width = slice(tokens.start * per_token, tokens.stop * per_token), n_sites * n_latents // per_token
     candidates = activation.candidates(block.s_BSF.view(n_tokens * per_token, -1), rows)
     if candidates.dtype == torch.bool:
         flat = candidates.view(-1).nonzero().squeeze(1)
         lengths = candidates.view(-1, n_latents).sum(1)
     elif candidates.ndim == 1 or per_token < n_sites:
-        flat = candidates if candidates.ndim == 1 else _places(candidates.sort(1).values, block.s_BSF)
+        flat = candidates if candidates.ndim == 1 else places_of_columns(candidates.sort(1).values, width)
         offsets = offsets_of_rows(flat // n_latents, n_tokens * n_sites)
         lengths = offsets[1:] - offsets[:-1]
     else:
-        flat = _places(candidates, block.s_BSF)
+        flat = places_of_columns(candidates, width)
         lengths = torch.full((n_tokens * n_sites,), candidates.shape[1], device=candidates.device)
     indices = flat % (n_sites * n_latents)
     shared = block.product_BSF.shape[1] < n_sites
@@ -311,12 +311,6 @@ def _look(block: _Block, activation: ActivationFunction, tokens: slice) -> Found
     product_E = block.product_BSF.reshape(-1).index_select(0, source)
     gate_E = None if block.gate_BSF is None else block.gate_BSF.reshape(-1).index_select(0, source)
     return Found(lengths, indices.to(torch.int32), block.s_BSF.view(-1).index_select(0, flat), product_E, gate_E)
-
-
-def _places(columns_BC: Tensor, s_BSF: Tensor) -> Tensor:
-    """Columns of each row as places in the flattened block."""
-    first = torch.arange(0, s_BSF.numel(), s_BSF.numel() // len(columns_BC), device=s_BSF.device)
-    return (columns_BC + first[:, None]).view(-1)
 
 
 def _assemble(found: list[Found], activation: ActivationFunction, encoder: Encoder) -> _Picks:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lm_saes.dictionaries.record import Record
-from lm_saes.latents.axis import Axis
+from lm_saes.latents.axis import ALONE, Axis
 
 if TYPE_CHECKING:
     from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
@@ -85,7 +85,7 @@ class Metric(ABC):
         axes = self.dictionary.axes
         if name in self.of_latents:
             return axes.everywhere if self.of_tokens else axes.latents
-        return axes.tokens if self.of_tokens else Axis()
+        return axes.tokens if self.of_tokens else ALONE
 
     def end_window(self) -> None:
         """Begin the next window; called after every report."""

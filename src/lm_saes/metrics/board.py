@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lm_saes.dictionaries.record import Record
-from lm_saes.latents.axis import Axis
+from lm_saes.latents.axis import ALONE, Axis
 from lm_saes.metrics.base import Metric, StepFacts
 from lm_saes.training.dead_latents import DeadLatents
 
@@ -116,7 +116,7 @@ class Board:
         kind, _, total = name.removeprefix("metrics.").partition(".")
         metric = next((metric for metric in self.metrics if type(metric).__name__ == kind), None)
         if metric is None:
-            return None if name == _WAITED else Axis()
+            return None if name == _WAITED else ALONE
         return None if total in metric.by_latent else metric.adds_over(total)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
 from lm_saes.errors import ConfigError, LMSaesError, LostProcessError, OtherProcessError
-from lm_saes.latents.axis import Axis
+from lm_saes.latents.axis import ALONE, Axis
 from lm_saes.parallel.axis import SharedAxis, answers
 
 TIMEOUT = timedelta(minutes=10)
@@ -52,7 +52,7 @@ def joined() -> Iterator[Axis]:
     try:
         if ours:
             join()
-        yield SharedAxis(dist.group.WORLD) if n_started() > 1 and dist.group.WORLD is not None else Axis()
+        yield SharedAxis(dist.group.WORLD) if n_started() > 1 and dist.group.WORLD is not None else ALONE
     except LMSaesError:
         raise
     except Exception as error:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lm_saes.errors import ConfigError
-from lm_saes.latents.axis import Axes, Axis
+from lm_saes.latents.axis import ALONE, Axes, Axis
 from lm_saes.parallel.axis import SharedAxis
 from lm_saes.parallel.launch import join, n_started
 
@@ -61,5 +61,5 @@ def axes_of(mesh: DeviceMesh) -> Axes:
 
 def _axis(mesh: DeviceMesh, name: str) -> Axis:
     if name not in (mesh.mesh_dim_names or ()) or mesh[name].size() == 1:
-        return Axis()
+        return ALONE
     return SharedAxis(mesh.get_group(name))  # type: ignore[arg-type]

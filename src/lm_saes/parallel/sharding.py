@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lm_saes.errors import CheckpointError, ConfigError
+from lm_saes.latents.row_gradients import storage_order
 from lm_saes.parallel.mesh import MODEL, axes_of
 from lm_saes.parts import Cut, Held
 
@@ -30,15 +31,15 @@ def build_part(kind: type[Kind], cfg: BaseSAEConfig, mesh: DeviceMesh) -> Kind:
     axes = axes_of(mesh)
     with torch.device("meta"):
         part = kind(cfg)
-    maps, n = part.dim_maps(), axes.latents.size
+    dims, n = latent_dims(part.dim_maps()), axes.latents.size
     for name, whole in [*part.named_parameters(), *part.named_buffers()]:
         owner, _, own_name = name.rpartition(".")
-        shape, dim = list(whole.shape), maps.get(name, {}).get(MODEL)
+        shape, dim = list(whole.shape), dims.get(name)
         if dim is not None:
             for run in runs_of(part, shape[dim]):
                 _check_even(cfg, run, n)
             shape[dim] //= n
-        order = sorted(range(whole.ndim), key=whole.stride, reverse=True)
+        order = storage_order(whole)
         stored = torch.zeros([shape[i] for i in order], dtype=whole.dtype, device=cfg.device)
         tensor = stored.permute([order.index(i) for i in range(whole.ndim)])
         if isinstance(whole, nn.Parameter):
@@ -55,27 +56,19 @@ def runs_of(dictionary: AbstractSparseAutoEncoder, size: int) -> list[int]:
     return runs if size == sum(runs) else [size]
 
 
-def cut(whole: Tensor, dim: int, runs: list[int], place: int, n: int) -> Tensor:
-    """The part of a tensor that belongs to the process at a place, of n."""
-    return torch.cat([run.chunk(n, dim)[place] for run in whole.split(runs, dim)], dim)
-
-
 def own_part(dictionary: AbstractSparseAutoEncoder, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parts of whole tensors, by their names in files, that belong to this process."""
-    maps, latents = dictionary.file_dim_maps(), dictionary.axes.latents
-    part = dict(whole)
-    for name, tensor in whole.items():
-        dim = maps.get(name, {}).get(MODEL)
-        if dim is not None:
-            part[name] = cut(tensor, dim, runs_of(dictionary, tensor.shape[dim]), latents.place, latents.size)
-    return part
+    dims = latent_dims(dictionary.file_dim_maps())
+    cuts = {name: cut_of(dictionary, dims.get(name), tensor.shape) for name, tensor in whole.items()}
+    return {name: tensor if (cut := cuts[name]) is None else cut.part(tensor) for name, tensor in whole.items()}
 
 
 def latent_numbers(dictionary: AbstractSparseAutoEncoder) -> Tensor:
     """The number, among all, of each latent of this process, by its place in `dead_shape` (flattened)."""
-    latents, shape = dictionary.axes.latents, dictionary.dead_shape
-    whole = torch.arange(math.prod(shape) * latents.size, device=dictionary.cfg.device).view(*shape[:-1], -1)
-    return cut(whole, -1, dictionary.latent_runs, latents.place, latents.size).flatten()
+    n, shape = dictionary.axes.latents.size, dictionary.dead_shape
+    whole = torch.arange(math.prod(shape) * n, device=dictionary.cfg.device).view(*shape[:-1], -1)
+    cut = cut_of(dictionary, -1, whole.shape)
+    return (whole if cut is None else cut.part(whole)).flatten()
 
 
 def cut_of(dictionary: AbstractSparseAutoEncoder, dim: int | None, shape: Sequence[int]) -> Cut | None:

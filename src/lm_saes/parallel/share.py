@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from lm_saes.data.batch import Batch
 from lm_saes.data.stream import ActivationStream
 from lm_saes.latents.axis import Axis
-from lm_saes.parallel.mesh import axes_of
 
 
 def share(batch: Batch, place: int, n: int) -> Batch:
@@ -32,16 +30,6 @@ def share(batch: Batch, place: int, n: int) -> Batch:
         return value[low:high] if isinstance(value, Tensor | list) else value
 
     return {name: cut(value) for name, value in batch.items()}
-
-
-def share_of(batches: Iterable[Batch], mesh: DeviceMesh | None) -> Iterator[Batch]:
-    """This process's shares of whole batches."""
-    if mesh is None:
-        yield from batches
-        return
-    tokens = axes_of(mesh).tokens
-    for batch in batches:
-        yield share(batch, tokens.place, tokens.size)
 
 
 class SharedStream:

@@ -11,7 +11,6 @@ from torch import Tensor
 from lm_saes import waiting
 from lm_saes.data.batch import Batch, check_batch
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
-from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.errors import DataError
 from lm_saes.latents.axis import Axis
 from lm_saes.latents.row_gradients import collecting, storage_order
@@ -22,14 +21,9 @@ from lm_saes.training.dead_latents import DeadLatents
 from lm_saes.training.precision import mixed_precision
 
 
-def widths(cfg: BaseSAEConfig) -> dict[str, int]:
-    """How wide the activations of each hook point must be."""
-    return dict.fromkeys(cfg.associated_hook_points, cfg.d_model)
-
-
 def check(sae: AbstractSparseAutoEncoder, batch: Batch) -> Batch:
     """A batch, checked to fit the dictionary. A process's share of one may hold no token that counts."""
-    check_batch(batch, widths(sae.cfg), is_share=sae.axes.tokens.size > 1)
+    check_batch(batch, sae.cfg.widths, is_share=sae.axes.tokens.size > 1)
     return batch
 
 

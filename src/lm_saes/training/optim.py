@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lm_saes.errors import ConfigError
 from lm_saes.latents import kernels
-from lm_saes.latents.axis import Axis
+from lm_saes.latents.axis import ALONE, Axis
 from lm_saes.latents.row_gradients import RowGradients, carry_row_gradients, storage_order
 from lm_saes.training.config import TrainerConfig
 
@@ -35,10 +35,10 @@ class SparseAdam(Optimizer):
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        latents: Axis | None = None,
+        latents: Axis = ALONE,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
-        self._latents = latents or Axis()
+        self._latents = latents
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
