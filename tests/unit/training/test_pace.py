@@ -9,9 +9,9 @@ from typing import Any, cast
 import pytest
 import torch
 
+from lm_saes import SAEConfig, TrainerConfig
 from lm_saes.data.peek import peekable
 from lm_saes.latents.axis import Axes, Axis
-from lm_saes.training.config import TrainerConfig
 from lm_saes.training.pace import Pace
 
 from ..parallel.threads import together
@@ -19,7 +19,7 @@ from ..parallel.threads import together
 
 def pace(axis: Axis, n_batches: int, total: int = 9, since: float = 0.0, **cfg: Any) -> Pace:
     """The pace of a run whose stream has so many batches, and which was last saved at `since`."""
-    config = SimpleNamespace(associated_hook_points=["a"], d_model=2)
+    config = SAEConfig(hook_point_in="a", hook_point_out="a", d_model=2, expansion_factor=2)
     dictionary = SimpleNamespace(axes=Axes(everywhere=axis), cfg=config)
     board = SimpleNamespace(restart_clock=lambda: since)
     run: Any = SimpleNamespace(dictionary=dictionary, board=board, plan=SimpleNamespace(total=total, checkpoints={2}))
