@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lm_saes.errors import CheckpointError
-from lm_saes.latents.axis import ALONE, Axes, Axis
+from lm_saes.latents.axis import Axes, Axis
 from lm_saes.tensors import save_tensors
 
 _BEGINS, _BEGIN = "DCP_SHARDING_INFO", "saved_offsets"
@@ -51,8 +51,8 @@ class Cut:
         return torch.cat([whole.narrow(self.dim, begin, length) for begin, length in self.spans()], self.dim)
 
 
-Held = tuple[Tensor, Cut | None]
-"""What a process holds of a tensor, and how that is cut from the whole (None: it is the whole)."""
+Held = tuple[Tensor, tuple[Cut, ...]]
+"""What a process holds of a tensor, and how that is cut from the whole (not at all: it is the whole)."""
 
 
 def write_parts(
@@ -62,11 +62,11 @@ def write_parts(
     folder.mkdir(exist_ok=True)
     files: list[dict[str, Tensor]] = []
     begins: list[dict[str, Any]] = []
-    for i, (name, (tensor, cut)) in enumerate(sorted(held.items(), key=_largest_first)):
-        alike = _who_holds_the_same(cut, axes)
-        if i % alike.size != alike.place:
+    for i, (name, (tensor, cuts)) in enumerate(sorted(held.items(), key=_largest_first)):
+        place, n = _among_those_alike(cuts, axes)
+        if i % n != place:
             continue
-        for number, (begin, part) in enumerate(_pieces(tensor, cut)):
+        for number, (begin, part) in enumerate(_pieces(tensor, cuts)):
             if number == len(files):
                 files.append({})
                 begins.append({})
@@ -83,21 +83,28 @@ def _largest_first(item: tuple[str, Held]) -> tuple[int, str]:
     return -tensor.nbytes, name
 
 
-def _who_holds_the_same(cut: Cut | None, axes: Axes) -> Axis:
-    if cut is None or cut.axis.size == 1:
-        return axes.everywhere
-    if cut.axis is axes.everywhere:
-        return ALONE
-    return axes.tokens if cut.axis is axes.latents else axes.latents
+def _among_those_alike(cuts: Sequence[Cut], axes: Axes) -> tuple[int, int]:
+    """This process's place among those that hold the same of a tensor, and how many these are."""
+    cut_along = [cut.axis for cut in cuts]
+    place, n = 0, 1
+    for axis in (axes.tokens, axes.sites, axes.latents):
+        wider = [axes.everywhere] if axis is axes.sites else [axes.pool, axes.everywhere]
+        if not any(cut is one for cut in cut_along for one in (axis, *wider)):
+            place, n = place * axis.size + axis.place, n * axis.size
+    return place, n
 
 
-def _pieces(tensor: Tensor, cut: Cut | None) -> Iterator[tuple[list[int], Tensor]]:
-    if cut is None:
-        yield [0] * tensor.ndim, tensor
-        return
-    spans = cut.spans()
-    for (begin, _), piece in zip(spans, tensor.split([length for _, length in spans], cut.dim), strict=True):
-        yield [begin if i == cut.dim else 0 for i in range(tensor.ndim)], piece
+def _pieces(tensor: Tensor, cuts: Sequence[Cut]) -> list[tuple[list[int], Tensor]]:
+    """What a process holds, in pieces that each are one box of the whole tensor, and where these begin."""
+    pieces = [([0] * tensor.ndim, tensor)]
+    for cut in cuts:
+        begins, lengths = zip(*cut.spans(), strict=True)
+        pieces = [
+            (_with(corner, cut.dim, begin), part)
+            for corner, piece in pieces
+            for begin, part in zip(begins, piece.split(lengths, cut.dim), strict=True)
+        ]
+    return pieces
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,7 @@ class Parts:
             raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); restore the file") from error
         self.metadata |= metadata
 
-    def read(self, name: str, cut: Cut | None = None) -> Tensor:
+    def read(self, name: str, cuts: Sequence[Cut] = ()) -> Tensor:
         """A tensor, or this process's part of it.
 
         Raises:
@@ -161,14 +168,17 @@ class Parts:
         """
         if name not in self.shapes:
             raise CheckpointError(f"{self.path}: has no {name!r}; go on from another checkpoint")
-        shape = self.shapes[name]
-        if cut is None:
-            return self.box(name, [0] * len(shape), shape)
-        boxes = [
-            self.box(name, _with([0] * len(shape), cut.dim, begin), _with(shape, cut.dim, length))
-            for begin, length in cut.spans()
+        return self._read(name, [0] * len(self.shapes[name]), list(self.shapes[name]), cuts)
+
+    def _read(self, name: str, begin: list[int], size: list[int], cuts: Sequence[Cut]) -> Tensor:
+        if not cuts:
+            return self.box(name, begin, size)
+        dim = cuts[0].dim
+        parts = [
+            self._read(name, _with(begin, dim, first), _with(size, dim, length), cuts[1:])
+            for first, length in cuts[0].spans()
         ]
-        return boxes[0] if len(boxes) == 1 else torch.cat(boxes, cut.dim)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def box(self, name: str, begin: Sequence[int], size: Sequence[int]) -> Tensor:
         """The entries of a tensor from `begin` on, `size` of them in each dimension."""

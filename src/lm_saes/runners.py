@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -103,12 +104,12 @@ def train_lorsa(settings: TrainLorsaSettings) -> AbstractSparseAutoEncoder:
 
 
 def _train(settings: TrainSettings) -> AbstractSparseAutoEncoder:
-    data, model = settings.data_parallel_size, settings.model_parallel_size
+    sizes = settings.mesh_sizes
     with joined() as everyone:
         require_same(everyone, {"settings": settings.to_json(), "versions": versions()})
-        if data * model == n_started() == 1:
+        if math.prod(sizes.values()) == n_started() == 1:
             return _train_on(settings, None, Axes())
-        mesh = start_mesh(data, model, settings.device_type)
+        mesh = start_mesh(**sizes, device_type=settings.device_type)
         return _train_on(settings, mesh, axes_of(mesh))
 
 

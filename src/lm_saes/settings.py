@@ -72,6 +72,11 @@ class TrainSettings(BaseConfig):
         if isinstance(config, type) and issubclass(config, BaseSAEConfig):
             TrainSettings.kinds[config.model_fields["sae_type"].default] = cls
 
+    @property
+    def mesh_sizes(self) -> dict[str, int]:
+        """How many processes share each dimension of the mesh."""
+        return {"data": self.data_parallel_size, "model": self.model_parallel_size}
+
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> TrainSettings:
         if self.activation_factory.batch_size < self.data_parallel_size:
@@ -106,6 +111,12 @@ class TrainCrossCoderSettings(TrainSettings):
 
     sae: CrossCoderConfig  # type: ignore[assignment]
     """The dictionary."""
+    head_parallel_size: int = Field(default=1, ge=1)
+    """Processes that share the heads, with their weights and moments; multiplies the number of processes, too."""
+
+    @property
+    def mesh_sizes(self) -> dict[str, int]:
+        return super().mesh_sizes | {"head": self.head_parallel_size}
 
 
 class TrainCLTSettings(TrainSettings):

@@ -39,12 +39,12 @@ class Pool:
             for rank, log in enumerate(self._logs)
         ]  # fmt: skip
 
-    def train(self, case: Case, mesh: tuple[int, int], **options: Any) -> dict[str, Tensor]:
-        """What `work.train` gives on a mesh of `data x model` processes."""
+    def train(self, case: Case, mesh: tuple[int, ...], **options: Any) -> dict[str, Tensor]:
+        """What `work.train` gives on a mesh of `data x model` (`x head`) processes."""
         return self.run("train", case, mesh, **options)
 
-    def run(self, action: str, case: Case, mesh: tuple[int, int], **options: Any) -> dict[str, Tensor]:
-        """What one of `worker.ACTIONS` gives on a mesh of `data x model` processes; `options` are JSON values."""
+    def run(self, action: str, case: Case, mesh: tuple[int, ...], **options: Any) -> dict[str, Tensor]:
+        """What one of `worker.ACTIONS` gives on a mesh of `data x model` (`x head`); `options` are JSON values."""
         self._count += 1
         out = self._place / f"{self._count}.safetensors"
         order = json.dumps({"action": action, "case": asdict(case), "mesh": mesh, "out": str(out), "options": options})

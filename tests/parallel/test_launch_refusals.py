@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from ..tiny_run import training
+from ..tiny_run import training, training_of
 from .launching import Launch
 
 DIFFERENT = """
@@ -16,11 +16,10 @@ sys.exit(subprocess.call([sys.executable, "-m", "lm_saes", "train", *sys.argv[1:
 """
 
 
-def config(place: Path, data: int, model: int) -> str:
+def config(place: Path, data: int, model: int, **head: int) -> str:
+    made = training_of("crosscoder", place, place / "run") if head else training(place, place / "run")
     file = place / "run.json"
-    file.write_text(
-        json.dumps(training(place, place / "run") | {"data_parallel_size": data, "model_parallel_size": model})
-    )
+    file.write_text(json.dumps(made | {"data_parallel_size": data, "model_parallel_size": model} | head))
     return str(file)
 
 
@@ -35,6 +34,13 @@ def test_a_mesh_of_another_size(tmp_path: Path) -> None:
     assert line.startswith(
         "lm-saes: error: data_parallel_size=1, model_parallel_size=4: 1 x 4 = 4 processes, but 2 run"
     )
+    assert not (tmp_path / "run").exists()
+
+
+def test_heads_that_cannot_be_cut_evenly(tmp_path: Path) -> None:
+    line = refused(Launch(3, [config(tmp_path, 1, 1, head_parallel_size=3)], tmp_path / "log"))
+    what = "does not divide the 2 heads of sae_type='crosscoder' evenly; use a divisor"
+    assert line == f"lm-saes: error: head_parallel_size=3: {what}"
     assert not (tmp_path / "run").exists()
 
 

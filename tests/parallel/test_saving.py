@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from .conftest import Pools
 from .test_same_numbers import assert_same, losses_of
 from .work import Case, train
 
-Mesh = tuple[int, int] | None
+Mesh = tuple[int, ...] | None
+"""`data x model`, or `data x model x head`; None: one process."""
 STEPS, SAVED = 12, 7
 """A checkpoint is made in the middle of a window of metrics, and of one of firing counts."""
 CASES = {
@@ -45,7 +47,7 @@ def runs(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Runs:
             if mesh is None:
                 results = train(CASES[case], None, str(place), **options)
             else:
-                results = pools(mesh[0] * mesh[1]).train(CASES[case], mesh, **options)
+                results = pools(math.prod(mesh)).train(CASES[case], mesh, **options)
             made[case, mesh] = place / "checkpoints" / f"step_{SAVED}", results
         return made[case, mesh]
 
@@ -55,7 +57,7 @@ def runs(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def go_on(case: str, step: Path, mesh: Mesh, pools: Pools, place: Path) -> dict[str, Tensor]:
     if mesh is None:
         return train(CASES[case], None, str(place), resume=str(step))
-    return pools(mesh[0] * mesh[1]).train(CASES[case], mesh, resume=str(step))
+    return pools(math.prod(mesh)).train(CASES[case], mesh, resume=str(step))
 
 
 def after_the_save(results: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -65,7 +67,13 @@ def after_the_save(results: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("case", "mesh"),
-    [("sae-batchtopk", (2, 2)), ("molt-topk", (2, 2)), ("clt-layertopk", (1, 2)), ("crosscoder-jumprelu", (2, 1))],
+    [
+        ("sae-batchtopk", (2, 2)),
+        ("molt-topk", (2, 2)),
+        ("clt-layertopk", (1, 2)),
+        ("crosscoder-jumprelu", (2, 1)),
+        ("crosscoder-jumprelu", (1, 2, 2)),
+    ],
 )
 def test_resuming_on_the_same_mesh_changes_no_bit(
     case: str, mesh: Mesh, runs: Runs, pools: Pools, tmp_path: Path
@@ -76,11 +84,17 @@ def test_resuming_on_the_same_mesh_changes_no_bit(
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
 
 
-@pytest.mark.parametrize("case", ["sae-batchtopk", "molt-topk", "clt-layertopk"])
+MESHES: list[tuple[Mesh, Mesh]] = [
+    (None, (1, 4)), (None, (2, 1)), ((1, 4), (1, 2)), ((2, 2), (1, 4)), ((2, 2), None)
+]  # fmt: skip
+HEADS: list[tuple[Mesh, Mesh]] = [(None, (2, 1, 2)), ((1, 2, 2), (1, 4)), ((1, 2, 2), (1, 1, 2)), ((1, 2, 2), None)]
+
+
 @pytest.mark.parametrize(
-    ("before", "now"),
-    [(None, (1, 4)), (None, (2, 1)), ((1, 4), (1, 2)), ((2, 2), (1, 4)), ((2, 2), None)],
-    ids=lambda mesh: "one" if mesh is None else f"{mesh[0]}x{mesh[1]}",
+    ("case", "before", "now"),
+    [(case, *meshes) for case in ("sae-batchtopk", "molt-topk", "clt-layertopk") for meshes in MESHES]
+    + [("crosscoder-jumprelu", *meshes) for meshes in HEADS],
+    ids=lambda given: given if isinstance(given, str) else "x".join(map(str, given or ["one"])),
 )
 def test_resuming_on_another_mesh(case: str, before: Mesh, now: Mesh, runs: Runs, pools: Pools, tmp_path: Path) -> None:
     step, whole = runs(case, before)
@@ -116,7 +130,7 @@ def test_torchs_distributed_checkpoint_reads_the_parts(runs: Runs) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_exporting_to_one_file(case: str, runs: Runs, pools: Pools, tmp_path: Path) -> None:
-    step, _ = runs(case, (2, 2))
+    step, _ = runs(case, (1, 2, 2) if case.startswith("crosscoder") else (2, 2))
     sae = AbstractSparseAutoEncoder.from_pretrained(step, fold_activation_scale=False)
     sae.save_pretrained(tmp_path / "one")
     done = CliRunner().invoke(app, ["export", str(step), "--out", str(tmp_path / "out" / "sae_weights.safetensors")])

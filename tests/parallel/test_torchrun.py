@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -33,9 +34,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def config(place: Path, name: str, case: str, mesh: tuple[int, int], steps: int = STEPS, **trainer: Any) -> Path:
-    """A config file of the run in `place / name`."""
-    sizes = {"data_parallel_size": mesh[0], "model_parallel_size": mesh[1]}
+def config(place: Path, name: str, case: str, mesh: tuple[int, ...], steps: int = STEPS, **trainer: Any) -> Path:
+    """A config file of the run in `place / name`; a mesh is `data x model`, or `data x model x head`."""
+    sizes = {f"{axis}_parallel_size": size for axis, size in zip(("data", "model", "head"), mesh, strict=False)}
     made = settings(case, place, place / name, steps, **SAVES, **trainer) | sizes
     file = place / f"{name}.json"
     file.write_text(json.dumps(made, default=str))
@@ -76,11 +77,14 @@ def same(run: Path, other: Path, tolerance: float) -> None:
         torch.testing.assert_close(tensor, weights(other)[name], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("case", "mesh"), [("topk", (1, 2)), ("crosscoder", (2, 1)), ("batchtopk", (2, 2))])
-def test_a_run_has_the_numbers_of_one_process(place: Path, case: str, mesh: tuple[int, int]) -> None:
-    one, many = f"{case}-one", f"{case}-many"
-    train(config(place, one, case, (1, 1)), 1)
-    said = train(config(place, many, case, mesh), mesh[0] * mesh[1])
+@pytest.mark.parametrize(
+    ("case", "mesh"), [("topk", (1, 2)), ("crosscoder", (2, 1)), ("crosscoder", (1, 1, 2)), ("batchtopk", (2, 2))]
+)
+def test_a_run_has_the_numbers_of_one_process(place: Path, case: str, mesh: tuple[int, ...]) -> None:
+    one, many = f"{case}-one", f"{case}-on-{'x'.join(map(str, mesh))}"
+    if not (place / one).exists():
+        train(config(place, one, case, (1, 1)), 1)
+    said = train(config(place, many, case, mesh), math.prod(mesh))
     assert not any("process" in line for line in said) and (place / many / "report.html").exists()
     assert list(saved_steps(place / many)) == list(saved_steps(place / one))
     same(place / one, place / many, 2e-3)

@@ -11,6 +11,20 @@ K, F, B = 3, 4 * D, 8
 """Latents kept of a token, latents in all, bytes of a number."""
 
 
+H, N = 4, CONTEXTS * LENGTH
+"""Heads of a crosscoder; tokens."""
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_a_crosscoders_heads(n: int, pools: Pools) -> None:
+    k = 1  # few enough for the sparse path
+    sent = pools(n).run("traffic", Case("crosscoder", "topk", steps=2, sae={"top_k": k}), (1, 1, n))
+    products, biases, values, gradient_norm = N * F * B, F * B, N * H * k * B, B
+    norms, reconstruction = H // n * F * B, N * (H // n) * D * B
+    assert sent["sites"].tolist() == [products + biases + values + gradient_norm, norms + reconstruction]
+    assert sent["latents"].tolist() == sent["tokens"].tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("mesh", [(1, 2), (2, 1), (1, 4), (4, 1), (2, 2)], ids=lambda mesh: f"{mesh[0]}x{mesh[1]}")
 def test_a_topk_step(mesh: tuple[int, int], pools: Pools) -> None:
     data, model = mesh

@@ -6,6 +6,7 @@ shapes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from lm_saes.data.batch import Batch
 from lm_saes.data.peek import peekable
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
+from lm_saes.evaluation.evaluator import EvalConfig, Evaluator, numbers
 from lm_saes.parallel.mesh import axes_of
 from lm_saes.parallel.sharding import runs_of
 from lm_saes.parallel.share import share
@@ -33,7 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "sae": {"hook_point_in": "a", "hook_point_out": "a"},
     "transcoder": {"hook_point_in": "a", "hook_point_out": "b", "use_glu_encoder": True,
                    "sparsity_include_decoder_norm": False},
-    "crosscoder": {"hook_points": ["a", "b", "c"]},
+    "crosscoder": {"hook_points": ["a", "b", "c", "d"]},
     "clt": {"hook_points_in": ["a", "b"], "hook_points_out": ["b", "c"]},
     "molt": {"hook_point_in": "a", "hook_point_out": "b", "rank_counts": {1: 12, 3: 8, 9: 4}},
     "lorsa": {"hook_point_in": "a", "hook_point_out": "b", "n_qk_heads": 8, "d_qk_head": 4, "n_ctx": LENGTH,
@@ -62,8 +64,8 @@ def config(case: Case) -> BaseSAEConfig:
     settings: dict[str, Any] = {"d_model": D, "expansion_factor": 4.0, "act_fn": case.act_fn, "dtype": case.dtype}
     if case.kind == "molt":
         del settings["expansion_factor"]
-    if "topk" in case.act_fn:
-        settings["top_k"] = 3
+    if "topk" in case.act_fn:  # fresh heads are alike: a batch's budget must not end among equals
+        settings["top_k"] = 4 if case.kind == "crosscoder" else 3
     name = "sae" if case.kind == "transcoder" else case.kind
     return BaseSAEConfig.kind(name)(**settings | KINDS[case.kind] | case.sae)
 
@@ -71,14 +73,14 @@ def config(case: Case) -> BaseSAEConfig:
 def batches(case: Case) -> list[Batch]:
     """The run's whole batches: contexts of sums of a few directions, the same for whoever asks."""
     draw = torch.Generator().manual_seed(3)
-    directions = torch.randn(3, 12, D, generator=draw, dtype=torch.float64)
+    directions = torch.randn(4, 12, D, generator=draw, dtype=torch.float64)
     made: list[Batch] = []
     for step in range(case.steps * case.trainer.get("gradient_accumulation_steps", 1)):
         shape = (CONTEXTS, LENGTH)
         strength = torch.rand(*shape, 12, generator=draw, dtype=torch.float64)
         strength *= torch.rand(*shape, 12, generator=draw) < 0.2
         batch: Batch = {"tokens": torch.arange(CONTEXTS * LENGTH).view(shape) + step}
-        for hook, rows in zip("abc", directions, strict=True):
+        for hook, rows in zip("abcd", directions, strict=True):
             noise = torch.randn(*shape, D, generator=draw, dtype=torch.float64)
             batch[hook] = (strength @ rows + 0.1 * noise).to(getattr(torch, case.dtype))
         if case.uneven:
@@ -124,13 +126,24 @@ def train(
             trainer.save_checkpoint(sae, save_to)
     for name in reports[-1].keys() | reports[0].keys():
         results[f"report.{name}"] = torch.tensor([r.get(name, 0.0) for r in reports], dtype=torch.float64)
-    results |= weights_of(sae)
+    results |= weights_of(sae) | evaluated(sae, whole)
     results["waited"] = joined(sae, run.board.dead.tokens_since_last_activation, -1)
     with torch.no_grad():
         sae.attach(sae.axes.of_whole_batches())
         dense = sae.record(probe).code.dense()
         results["chosen"] = joined(sae, (dense > 0).to(torch.int8), 1)
     return results
+
+
+def evaluated(sae: AbstractSparseAutoEncoder, whole: list[Batch]) -> dict[str, Tensor]:
+    """All numbers of an evaluation, the frequencies, and the examples as bytes."""
+    result = Evaluator(EvalConfig(n_latents=6, n_snippets=2, snippet_context=2)).evaluate(sae, whole[:3])
+    found = {f"evaluated.{name}": torch.tensor(value) for name, value in numbers(result).items()}
+    examples = json.dumps(result["latents"]).encode()
+    return found | {
+        "evaluated.frequency": torch.tensor(result["sparsity/frequency"]),
+        "evaluated.latents": torch.frombuffer(bytearray(examples), dtype=torch.uint8),
+    }
 
 
 def share_of(batches: Iterable[Batch], mesh: DeviceMesh | None) -> Iterator[Batch]:
@@ -156,7 +169,7 @@ def traffic(case: Case, mesh: DeviceMesh, place: str) -> dict[str, Tensor]:
     sae = initialise(case, own, mesh)
     trainer, stream = Trainer(settings(case, place, "")), peekable(own)
     run = trainer._prepare(sae, stream)
-    axes = {name: getattr(sae.axes, name) for name in ("latents", "tokens")}
+    axes = {name: getattr(sae.axes, name) for name in ("latents", "tokens", "sites")}
     take_step(trainer, run, [next(stream)])
     for axis in axes.values():
         getattr(axis, "traffic", {}).clear()
@@ -184,8 +197,12 @@ def settings(case: Case, place: str, resume: str = "") -> TrainerConfig:
 
 def weights_of(sae: AbstractSparseAutoEncoder) -> dict[str, Tensor]:
     """All processes' weights, by `weights.` and their names in files."""
-    dims = {name: maps.get("model") for name, maps in sae.file_dim_maps().items()}
-    return {f"weights.{name}": joined(sae, tensor, dims.get(name)) for name, tensor in sae.full_state_dict().items()}
+    weights = dict[str, Tensor]()
+    for name, tensor in sae.full_state_dict().items():
+        dims = sae.file_dim_maps().get(name, {})
+        whole = joined(sae, tensor, dims.get("model"))
+        weights[f"weights.{name}"] = whole if "head" not in dims else sae.axes.sites.join(whole.contiguous())
+    return weights
 
 
 def joined(sae: AbstractSparseAutoEncoder, part: Tensor, dim: int | None) -> Tensor:

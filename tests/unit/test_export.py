@@ -18,7 +18,7 @@ from lm_saes.errors import CheckpointError, ConfigError
 from lm_saes.export import boxes, export
 from lm_saes.latents.axis import Axes, Axis
 from lm_saes.manifest import problems
-from lm_saes.parallel.sharding import held, latent_dims
+from lm_saes.parallel.sharding import held
 from lm_saes.parts import write_parts
 
 MIB = 2**20
@@ -35,12 +35,13 @@ def save_in_parts(sae: SparseAutoEncoder, directory: Path, n: int = 4) -> None:
     whole = load_file(directory / "sae_weights.safetensors")
     (directory / "sae_weights.safetensors").unlink()
     (directory / "sae_weights.dcp").mkdir()
-    dims = latent_dims(sae.file_dim_maps())
+    maps = sae.file_dim_maps()
+    dims = {name: dim["model"] for name, dim in maps.items() if "model" in dim}
     for place in range(n):
         axis = Place(place, n)
-        sae.attach(Axes(axis, Axis(), axis))
+        sae.attach(Axes(latents=axis, pool=axis, everywhere=axis))
         own = {name: t.chunk(n, dims[name])[place] if name in dims else t for name, t in whole.items()}
-        write_parts(directory / "sae_weights.dcp", held(sae, own, dims), sae.axes, sae.file_metadata)
+        write_parts(directory / "sae_weights.dcp", held(sae, own, maps), sae.axes, sae.file_metadata)
     sae.attach(Axes())
     sae.save_provenance(directory)
 

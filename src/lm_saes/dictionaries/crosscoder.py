@@ -11,6 +11,7 @@ latent's weights in all heads lie together and the products of all heads are one
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -76,22 +77,32 @@ class CrossCoder(SitedDictionary):
     @property
     def encoder(self) -> LinearEncoder:
         """All heads' encoders as one, reading their inputs side by side."""
-        W_XF = self.W_E.reshape(-1, self.n_latents)
-        return LinearEncoder(W_XF, self.b_E.sum(0), n_sites=self.cfg.n_heads, W_of=self.W_E)
+        return replace(self._shared_encoder, n_sites=self.cfg.n_heads)
+
+    @property
+    def _shared_encoder(self) -> LinearEncoder:
+        """The same for what all heads share: one row a token."""
+        sites, W_XF = self.axes.sites, self.W_E.reshape(-1, self.n_latents)
+        return LinearEncoder(W_XF, sites.leave(self.b_E.sum(0)), W_of=self.W_E, shared=sites)
 
     def hidden_pre(self, x: Tensor) -> Tensor:
-        x_NX = side_by_side(x.flatten(1, -2))
-        h_NF = LinearEncoder(self.W_E.reshape(-1, self.n_latents), self.b_E.sum(0)).pre_activations(x_NX)
-        return h_NF.view(*x.shape[1:-1], -1)
+        x_NX = side_by_side(self.own_sites(x.flatten(1, -2)))
+        return self._shared_encoder.pre_activations(x_NX).view(*x.shape[1:-1], -1)
 
     def _decode_code(self, code: Code) -> Tensor:
-        y_RD = self.axes.latents.leave(code.decode(self.W_D))
-        y_HND = y_RD.view(-1, self.cfg.n_heads, self.cfg.d_model).transpose(0, 1)
-        return y_HND if self.b_D is None else y_HND + self.b_D[:, None]
+        own = code.of_sites(self.own_sites(range(self.n_sites)), self.axes.sites)
+        y_RD = self.axes.latents.leave(own.decode(self.W_D))
+        return self._all_heads(y_RD.view(-1, len(self.W_D), self.cfg.d_model).transpose(0, 1))
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        y = self.axes.latents.leave(torch.einsum("...hf,hfd->h...d", feature_acts, self.W_D))
-        return y if self.b_D is None else y + self.b_D.view(len(self.b_D), *[1] * (y.ndim - 2), -1)
+        f_HNF = self.own_sites(self.axes.sites.enter(feature_acts.movedim(-2, 0)))
+        return self._all_heads(self.axes.latents.leave(torch.einsum("h...f,hfd->h...d", f_HNF, self.W_D)))
+
+    def _all_heads(self, y: Tensor) -> Tensor:
+        """The reconstruction `[H, ..., D]` from what the heads that are here decode; adds their biases."""
+        if self.b_D is not None:
+            y = y + self.b_D.view(len(self.b_D), *[1] * (y.ndim - 2), -1)
+        return self.axes.sites.beside(y)
 
     def latent_counts(self, record: Record) -> Tensor:
         """A latent counts as active on as many tokens as its most active head."""
@@ -116,24 +127,27 @@ class CrossCoder(SitedDictionary):
 
     def dead_latent_loss(self, record: Record, dead: Sequence[DeadList], k_aux: int) -> Tensor:
         scale_HF, latents = self.selection_scale(record.norm), dead[0].latents
-        h_NX = self.encoder.rows(latents).pre_activations(side_by_side(record.input))
+        sites, x_NX = self.axes.sites, side_by_side(self.own_sites(record.input))
+        h_NX = sites.enter(self._shared_encoder.rows(latents).pre_activations(x_NX))
         losses = []
-        for head, W_FD in enumerate(self.W_D):
+        for head, W_FD in zip(self.own_sites(range(self.n_sites)), self.W_D, strict=True):
             scale_X = dead[0].scale(None if scale_HF is None else scale_HF[head])
             losses.append(auxk(record, h_NX, scale_X, W_FD.index_select(0, latents), k_aux, head))
-        return torch.stack(losses).mean()
+        return sites.leave(torch.stack(losses).sum()) / self.n_sites
 
     # -- norms, folding --------------------------------------------------------------------------------------------
 
     def decoder_norm(self, keepdim: bool = False) -> Tensor:
-        return torch.linalg.vector_norm(self.W_D, dim=2, keepdim=keepdim)
+        return self.axes.sites.beside(torch.linalg.vector_norm(self.W_D, dim=2, keepdim=keepdim))
 
     def decoder_bias_norm(self) -> Tensor:
-        return self.W_D.new_zeros(()) if self.b_D is None else torch.linalg.vector_norm(self.b_D, dim=1).mean()
+        if self.b_D is None:
+            return self.W_D.new_zeros(())
+        return self.axes.sites.beside(torch.linalg.vector_norm(self.b_D, dim=1)).mean()
 
     @torch.no_grad()
     def set_decoder_to_fixed_norm(self, value: float, force_exact: bool) -> None:
-        self.W_D.mul_(scale_to(value, self.decoder_norm(keepdim=True), force_exact))
+        self.W_D.mul_(scale_to(value, self.own_sites(self.decoder_norm(keepdim=True)), force_exact))
 
     def transform_to_unit_decoder_norm(self) -> None:
         """Not possible: a latent's heads share one pre-activation.
@@ -147,7 +161,8 @@ class CrossCoder(SitedDictionary):
 
     def fold_factors(self) -> None:
         """With gating, selection keeps the trained norms (`selection_norm`)."""
-        factors = torch.stack([self.compute_norm_factor(self.W_D, hook) for hook in self.cfg.hook_points])
+        own_hooks = self.own_sites(self.cfg.hook_points)
+        factors = torch.stack([self.compute_norm_factor(self.W_D, hook) for hook in own_hooks])
         self.keep_selection_norm()
         self.W_E.mul_(factors[:, None, None])
         self.W_D.div_(factors[:, None, None])
@@ -182,8 +197,8 @@ class CrossCoder(SitedDictionary):
         mean something else in each. So the rotation `R_j` (none for the first head) brings head j's coordinates of the
         tokens closest to the first head's (the orthogonal Procrustes problem).
         """
-        first_NM = None
-        for W_FD, y in zip(self.W_D, self.prepare_label(batch), strict=True):
+        first_NM, own_heads = None, dict(zip(self.own_sites(range(self.n_sites)), self.W_D, strict=True))
+        for head, y in enumerate(self.prepare_label(batch)):
             y_ND = valid_rows(y, batch).float()
             directions_MD = active_directions(y_ND, d_active_subspace)
             if first_NM is None:
@@ -191,7 +206,8 @@ class CrossCoder(SitedDictionary):
             else:
                 left, _, right = torch.linalg.svd(first_NM.T @ (y_ND @ directions_MD.T))
                 directions_MD = left @ right @ directions_MD
-            W_FD.copy_(W_FD[:, : len(directions_MD)] @ directions_MD.to(self.cfg.dtype))
+            if (W_FD := own_heads.get(head)) is not None:
+                W_FD.copy_(W_FD[:, : len(directions_MD)] @ directions_MD.to(self.cfg.dtype))
 
     def dim_maps(self) -> dict[str, dict[str, int]]:
         maps = {"W_E": {"head": 0, "model": 2}, "b_E": {"head": 0, "model": 1}, "W_D": {"head": 0, "model": 1},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from lm_saes.dictionaries.rows import flat_mask, hook_rows, scale_to, valid_rows
 from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import Code
 from lm_saes.latents.linear import Encoder, encode
+
+Each = TypeVar("Each", Tensor, range, list[str])
 
 
 class SitedDictionary(AbstractSparseAutoEncoder):
@@ -48,6 +50,12 @@ class SitedDictionary(AbstractSparseAutoEncoder):
         """Number of sites S."""
         return len(self.cfg.hook_points_written)
 
+    def own_sites(self, of_all: Each) -> Each:
+        """Of what each site has, in order, the part of those whose weights are here."""
+        axis = self.axes.sites
+        n = len(of_all) // axis.size
+        return of_all[axis.place * n : (axis.place + 1) * n]
+
     def prepare_input(self, batch: Mapping[str, Any]) -> Tensor:
         return torch.stack([hook_rows(batch, hook, self.cfg.d_model) for hook in self.cfg.hook_points_read])
 
@@ -63,7 +71,7 @@ class SitedDictionary(AbstractSparseAutoEncoder):
         return self._encode_rows(x.flatten(1, -2), flat_mask(mask), self.decoder_norm())
 
     def _encode_rows(self, x_SND: Tensor, mask_N: Tensor | None, norm_SF: Tensor) -> Code:
-        x_NX = self.axes.latents.enter(side_by_side(x_SND))
+        x_NX = self.axes.latents.enter(side_by_side(self.own_sites(self.axes.sites.enter(x_SND))))
         return encode(x_NX, self.encoder, self.activation_function, self.selection_scale(norm_SF), mask_N)
 
     def make_record(self, batch: Mapping[str, Any]) -> Record:
@@ -83,24 +91,24 @@ class SitedDictionary(AbstractSparseAutoEncoder):
         return self.denormalize_activations(batch, y_SND.reshape(x.shape))
 
     def encoder_norm(self, keepdim: bool = False) -> Tensor:
-        return torch.linalg.vector_norm(self.W_E, dim=1, keepdim=keepdim)
+        return self.axes.sites.beside(torch.linalg.vector_norm(self.W_E, dim=1, keepdim=keepdim))
 
     @torch.no_grad()
     def set_encoder_to_fixed_norm(self, value: float) -> None:
-        self.W_E.mul_(scale_to(value, self.encoder_norm(keepdim=True)))
+        self.W_E.mul_(scale_to(value, self.own_sites(self.encoder_norm(keepdim=True))))
 
     @torch.no_grad()
     def init_decoder_bias_with_geometric_median(self, batch: Mapping[str, Any]) -> None:
         """Each site's decoder bias `=` the geometric median of its valid (normalised) labels."""
         if not self.cfg.use_decoder_bias:
             raise ConfigError("bias_init_method: use_decoder_bias is off; there is no bias to set")
-        for b_D, y in zip(self.decoder_biases, self.prepare_label(batch), strict=True):
+        for b_D, y in zip(self.decoder_biases, self.own_sites(self.prepare_label(batch)), strict=True):
             b_D.copy_(geometric_median(valid_rows(y, batch)))
 
     @torch.no_grad()
     def init_encoder_bias_with_mean_hidden_pre(self, batch: Mapping[str, Any]) -> None:
         """`b_E[j] = -` the mean over valid tokens of `x_j W_E[j]` (`batch` is normalised)."""
-        for b_F, x, W_DF in zip(self.b_E, self.prepare_input(batch), self.W_E, strict=True):
+        for b_F, x, W_DF in zip(self.b_E, self.own_sites(self.prepare_input(batch)), self.W_E, strict=True):
             b_F.copy_(-valid_rows(x, batch).mean(0) @ W_DF)
 
 

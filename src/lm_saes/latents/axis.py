@@ -1,8 +1,9 @@
 """Axes: the only place where mathematics meets latents, or tokens, that live in another process.
 
-A run over several processes cuts its latents along one axis and its batches along another (DeviceMesh's `"model"` and
-`"data"`). Dictionaries, losses and metrics ask the axis for what concerns all of it, and never know whether there is
-anything elsewhere: the axes of this file have one process each, and `parallel/` replaces them.
+A run over several processes cuts its latents along one axis, its batches along another and a crosscoder's heads along a
+third (DeviceMesh's `"model"`, `"data"` and `"head"`). Dictionaries, losses and metrics ask the axis for what concerns
+all of it, and never know whether there is anything elsewhere: the axes of this file have one process each, and
+`parallel/` replaces them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ class Axis:
     def leave(self, y: Tensor) -> Tensor:
         """Collect what the processes' parts add up to: sum forward, identity backward."""
         return y
+
+    def beside(self, own: Tensor) -> Tensor:
+        """The processes' parts, all of one shape, side by side in the first dimension; backward: each its own again."""
+        return own
 
     def total(self, v: Tensor) -> Tensor:
         """Sum over the axis, without a gradient."""
@@ -103,9 +108,13 @@ class Axes:
     """Along which latents are cut."""
     tokens: Axis = field(default_factory=Axis)
     """Along which batches are cut."""
+    sites: Axis = field(default_factory=Axis)
+    """Along which the weights of sites are cut; codes, reconstructions and losses are of all sites in each process."""
+    pool: Axis = field(default_factory=Axis)
+    """The processes whose latents and tokens make up one batch's code: those of `latents` and `tokens`."""
     everywhere: Axis = field(default_factory=Axis)
-    """All processes of both."""
+    """All processes."""
 
     def of_whole_batches(self) -> Axes:
         """The axes to use while every process sees the whole batch: initialisation, evaluation."""
-        return replace(self, tokens=ALONE, everywhere=self.latents)
+        return replace(self, tokens=ALONE, pool=self.latents)

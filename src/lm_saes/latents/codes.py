@@ -27,6 +27,7 @@ from lm_saes.latents.row_gradients import RowGradients, receiver
 from lm_saes.latents.segments import offsets_of_lengths, offsets_of_rows
 
 if TYPE_CHECKING:
+    from lm_saes.latents.axis import Axis
     from lm_saes.latents.hidden import Hidden
 
 
@@ -89,6 +90,10 @@ class Code(ABC):
     @abstractmethod
     def site(self, site: int) -> Code:
         """The latents of one site as a code of its own, one row per token."""
+
+    @abstractmethod
+    def of_sites(self, sites: range, axis: Axis) -> Code:
+        """The latents of some neighbouring sites as a code; the others' gradients come from the rest of the axis."""
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, latents and values of the active entries, ordered by row."""
@@ -267,6 +272,15 @@ class SparseCode(Code):
         pattern = Pattern(self.indices.index_select(0, here), offsets_of_lengths(lengths), self.n_latents)
         return SparseCode(self.values.index_select(0, here), pattern)
 
+    def of_sites(self, sites: range, axis: Axis) -> SparseCode:
+        if len(sites) == self.n_sites:
+            return self
+        here = torch.cat(self._places_by_site[sites.start : sites.stop]).sort().values
+        indices = self.pattern.indices.index_select(0, here) - sites.start * self.n_latents
+        lengths = (self.offsets[1:] - self.offsets[:-1]).view(-1, self.n_sites)[:, sites.start : sites.stop]
+        pattern = Pattern(indices, offsets_of_lengths(lengths.flatten()), len(sites) * self.n_latents)
+        return SparseCode(axis.enter(self.values).index_select(0, here), pattern, len(sites), self.even)
+
     @cached_property
     def _places_by_site(self) -> tuple[Tensor, ...]:
         """Where each site's entries are, ascending; at most one wait for all sites together."""
@@ -316,3 +330,9 @@ class DenseCode(Code):
 
     def site(self, site: int) -> DenseCode:
         return DenseCode(self.values.view(-1, self.n_sites, self.n_latents)[:, site])
+
+    def of_sites(self, sites: range, axis: Axis) -> DenseCode:
+        if len(sites) == self.n_sites:
+            return self
+        f_NSF = axis.enter(self.values).view(-1, self.n_sites, self.n_latents)
+        return DenseCode(f_NSF[:, sites.start : sites.stop].reshape(-1, self.n_latents), len(sites))

@@ -43,7 +43,7 @@ def find_best(
     if isinstance(activation, TopK) and _chooses_like(activation, TopK):
         return _best_of_each_token(x_ND, W_DF, b_F, activation, scale_F)
     if isinstance(activation, BatchTopK) and _chooses_like(activation, BatchTopK) and activation.training:
-        alone = activation.axes.everywhere.size == 1
+        alone = activation.axes.pool.size == 1
         if alone and (half_pays(x_ND) or screening_pays(x_ND, len(b_F), activation.k)):
             return _best_of_the_batch(x_ND, W_DF, b_F, activation, scale_F, mask_N)
         return None

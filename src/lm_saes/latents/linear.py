@@ -20,6 +20,7 @@ from torch import Tensor
 from lm_saes import waiting
 from lm_saes.latents import kernels
 from lm_saes.latents.activation_base import ActivationFunction, Missed
+from lm_saes.latents.axis import ALONE, Axis
 from lm_saes.latents.codes import Code, DenseCode, Pattern, SparseCode
 from lm_saes.latents.dense import encode_dense
 from lm_saes.latents.density import sparse_pays
@@ -38,7 +39,8 @@ class LinearEncoder:
     """`h = x W + b`, or with a gate (GLU) `h = (x W + b) * sigmoid(x Wg + bg)`.
 
     Weights are `[D, F]`, best stored latent-major (`W.T` contiguous): then gradients are written where latents lie.
-    With `n_sites` above 1 all sites share this `h`, and select on it by their own scales.
+    With `n_sites` above 1 all sites share this `h`, and select on it by their own scales. Over the axis `shared`
+    inputs and `W` are cut by width: its processes add their `x W` up, and `b` is that of all.
     """
 
     W_DF: Tensor
@@ -48,10 +50,14 @@ class LinearEncoder:
     n_sites: int = 1
     W_of: Tensor | None = None
     """The parameter that `W_DF` is a view of, if it is not one itself."""
+    shared: Axis = ALONE
 
     def pre_activations(self, x_ND: Tensor) -> Tensor:
         """Dense `h [R, F]` in the bias's type, differentiable."""
-        h_NF = torch.addmm(self.b_F, x_ND, self.W_DF).to(self.b_F.dtype)
+        if self.shared.size == 1:
+            h_NF = torch.addmm(self.b_F, x_ND, self.W_DF).to(self.b_F.dtype)
+        else:
+            h_NF = self.shared.leave((x_ND @ self.W_DF).to(self.b_F.dtype)) + self.b_F
         if self.gate_W_DF is not None and self.gate_b_F is not None:
             h_NF = h_NF * torch.sigmoid(torch.addmm(self.gate_b_F, x_ND, self.gate_W_DF).to(self.b_F.dtype))
         return h_NF if self.n_sites == 1 else h_NF.repeat_interleave(self.n_sites, 0)
@@ -61,7 +67,7 @@ class LinearEncoder:
         chosen = [
             None if p is None else p.movedim(-1, 0).index_select(0, latents).movedim(0, -1) for p in self.parameters()
         ]
-        return LinearEncoder(*chosen)  # type: ignore[arg-type]
+        return LinearEncoder(*chosen, shared=self.shared)  # type: ignore[arg-type]
 
     def parameters(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         return self.W_DF, self.b_F, self.gate_W_DF, self.gate_b_F
@@ -78,6 +84,7 @@ class LinearEncoder:
     def product(self, x_BD: Tensor, out: Tensor) -> Tensor:
         """`x W` written to `out [B, 1, F]`."""
         product(x_BD, self.W_DF, out[:, 0])
+        self.shared.add_up(out)()
         return out
 
     def gate(self, x_BD: Tensor, like: Tensor) -> Tensor | None:
@@ -91,7 +98,7 @@ class LinearEncoder:
     def computing_in(self, dtype: torch.dtype) -> LinearEncoder:
         """The same encoder with weights in the type that products are computed in; biases keep theirs."""
         gate = None if self.gate_W_DF is None else self.gate_W_DF.to(dtype)
-        return LinearEncoder(self.W_DF.to(dtype), self.b_F, gate, self.gate_b_F, self.n_sites)
+        return LinearEncoder(self.W_DF.to(dtype), self.b_F, gate, self.gate_b_F, self.n_sites, shared=self.shared)
 
     def readers(self, x_ND: Tensor, pattern: Pattern) -> tuple[Pattern, Tensor]:
         """A pattern of the same entries by this encoder's latents, and the rows of inputs that it refers to."""

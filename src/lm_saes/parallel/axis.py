@@ -30,6 +30,9 @@ class SharedAxis(Axis):
     def leave(self, y: Tensor) -> Tensor:
         return _Leave.apply(y, self)  # type: ignore[return-value]
 
+    def beside(self, own: Tensor) -> Tensor:
+        return _Beside.apply(own, self)  # type: ignore[return-value]
+
     def total(self, v: Tensor) -> Tensor:
         return self.reduce(v.detach().clone(memory_format=torch.contiguous_format))
 
@@ -120,3 +123,14 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):  # type: ignore[override]
         return dy, None
+
+
+class _Beside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, own: Tensor, axis: SharedAxis) -> Tensor:  # type: ignore[override]
+        ctx.axis = axis
+        return axis.gather(own).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, dall: Tensor):  # type: ignore[override]
+        return dall.chunk(ctx.axis.size)[ctx.axis.place], None

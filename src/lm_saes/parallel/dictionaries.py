@@ -12,7 +12,7 @@ from lm_saes.errors import CheckpointError
 from lm_saes.files import remove
 from lm_saes.manifest import MANIFEST, check_file
 from lm_saes.parallel.saving import save_together
-from lm_saes.parallel.sharding import cut_of, held, latent_dims, own_part
+from lm_saes.parallel.sharding import cuts_of, held, own_part
 from lm_saes.parallel.together import by_first, exchange
 from lm_saes.parts import Parts, write_parts
 
@@ -41,7 +41,7 @@ def save_parts(dictionary: AbstractSparseAutoEncoder, directory: Path) -> None:
 
 def write_weights(dictionary: AbstractSparseAutoEncoder, folder: Path) -> list[Path]:
     """Write this process's share of the weights; the files."""
-    own = held(dictionary, dictionary.full_state_dict(), latent_dims(dictionary.file_dim_maps()))
+    own = held(dictionary, dictionary.full_state_dict(), dictionary.file_dim_maps())
     return write_parts(folder, own, dictionary.axes, dictionary.file_metadata)
 
 
@@ -58,9 +58,9 @@ def read_parts(dictionary: AbstractSparseAutoEncoder, path: Path) -> dict[str, T
     where = next((path / name for name in (WEIGHTS, OLD_WEIGHTS, SHARDS) if (path / name).exists()), path)
     if where.name == OLD_WEIGHTS or (where == path and path.is_dir()):
         return own_part(dictionary, load_weights(path))
-    dims = latent_dims(dictionary.file_dim_maps())
+    maps = dictionary.file_dim_maps()
     with Parts(where) as parts:
-        return {name: parts.read(name, cut_of(dictionary, dims.get(name), parts.shapes[name])) for name in parts.shapes}
+        return {n: parts.read(n, cuts_of(dictionary, maps.get(n, {}), shape)) for n, shape in parts.shapes.items()}
 
 
 def _check(directory: Path, dictionary: AbstractSparseAutoEncoder) -> None:

@@ -1,7 +1,8 @@
-"""The mesh of a run's processes: data x model, and the axes that dictionaries see of it."""
+"""The mesh of a run's processes: data x head x model, and the axes that dictionaries see of it."""
 
 from __future__ import annotations
 
+import math
 import os
 from functools import cache
 
@@ -14,20 +15,22 @@ from lm_saes.latents.axis import ALONE, Axes, Axis
 from lm_saes.parallel.axis import SharedAxis
 from lm_saes.parallel.launch import join, n_started
 
-DATA, MODEL = "data", "model"
+DATA, HEAD, MODEL = "data", "head", "model"
 
 
-def start(data: int, model: int, device_type: str = "cpu") -> DeviceMesh:
-    """Join the processes that torchrun has started to a mesh of `data x model`.
+def start(data: int, model: int, head: int = 1, device_type: str = "cpu") -> DeviceMesh:
+    """Join the processes that torchrun has started to a mesh of `data x head x model` (without `head` if that is 1).
 
     Raises:
         ConfigError: torchrun has started another number of them, or more on this node than it has devices.
     """
-    world, wanted = n_started(), data * model
+    sizes = {DATA: data, MODEL: model} | ({HEAD: head} if head > 1 else {})
+    world, wanted = n_started(), data * model * head
     if wanted != world:
+        settings = ", ".join(f"{name}_parallel_size={size}" for name, size in sizes.items())
         started = f"torchrun --nproc-per-node {wanted} -m lm_saes train" if wanted > 1 else "lm-saes train"
         raise ConfigError(
-            f"data_parallel_size={data}, model_parallel_size={model}: {data} x {model} = {wanted} "
+            f"{settings}: {' x '.join(map(str, sizes.values()))} = {wanted} "
             f"process{'es' if wanted > 1 else ''}, but {world} run{'s' if world == 1 else ''}; change the sizes, or "
             f"start it with {started} ..."
         )
@@ -40,26 +43,41 @@ def start(data: int, model: int, device_type: str = "cpu") -> DeviceMesh:
         torch.cuda.set_device(place)
     if not dist.is_initialized():
         join()
-    return init_device_mesh(device_type, (data, model), mesh_dim_names=(DATA, MODEL))
+    names = tuple(name for name in (DATA, HEAD, MODEL) if name in sizes)
+    return init_device_mesh(device_type, tuple(sizes[name] for name in names), mesh_dim_names=names)
 
 
 @cache
 def axes_of(mesh: DeviceMesh) -> Axes:
-    """The axes of a mesh with dimensions `"data"` and `"model"`, or one of them.
+    """The axes of a mesh with some of the dimensions `"data"`, `"head"` and `"model"`.
 
     Raises:
         ConfigError: it has others.
     """
     names = getattr(mesh, "mesh_dim_names", None)
-    if not names or set(names) - {DATA, MODEL}:
-        raise ConfigError(f"device_mesh: its dimensions are {names}; give a DeviceMesh of 'data' and 'model'")
-    latents, tokens = (_axis(mesh, name) for name in (MODEL, DATA))
-    if latents.size == 1 or tokens.size == 1:
-        return Axes(latents, tokens, latents if tokens.size == 1 else tokens)
-    return Axes(latents, tokens, SharedAxis(dist.new_group(mesh.mesh.flatten().tolist())))  # type: ignore[arg-type]
+    if not names or set(names) - {DATA, HEAD, MODEL}:
+        raise ConfigError(
+            f"device_mesh: its dimensions are {names}; give a DeviceMesh of 'data' and 'model' (and 'head')"
+        )
+    made: dict[frozenset[str], Axis] = {frozenset(): ALONE}
+
+    def along(*wanted: str) -> Axis:
+        cut = frozenset(name for name in wanted if name in names and mesh[name].size() > 1)
+        if cut not in made:
+            made[cut] = SharedAxis(_group(mesh, cut))
+        return made[cut]
+
+    return Axes(
+        latents=along(MODEL), tokens=along(DATA), sites=along(HEAD), pool=along(DATA, MODEL),
+        everywhere=along(DATA, HEAD, MODEL),
+    )  # fmt: skip
 
 
-def _axis(mesh: DeviceMesh, name: str) -> Axis:
-    if name not in (mesh.mesh_dim_names or ()) or mesh[name].size() == 1:
-        return ALONE
-    return SharedAxis(mesh.get_group(name))  # type: ignore[arg-type]
+def _group(mesh: DeviceMesh, along: frozenset[str]) -> dist.ProcessGroup:
+    """The processes that differ from this one in these dimensions alone."""
+    names = mesh.mesh_dim_names or ()
+    if len(along) == 1:
+        return mesh.get_group(*along)
+    within, across = ([i for i, name in enumerate(names) if (name in along) == inside] for inside in (True, False))
+    ranks = mesh.mesh.permute(*across, *within).reshape(-1, math.prod(mesh.shape[i] for i in within))
+    return dist.new_subgroups_by_enumeration(ranks.tolist())[0]  # type: ignore[return-value]

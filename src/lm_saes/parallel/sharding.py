@@ -1,4 +1,4 @@
-"""A process's part of a dictionary: every parameter cut along its latents, as the kind's `dim_maps` says."""
+"""A process's part of a dictionary: parameters cut along latents, and heads, as the kind's `dim_maps` says."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lm_saes.errors import CheckpointError, ConfigError
+from lm_saes.latents.axis import Axis
 from lm_saes.latents.row_gradients import storage_order
-from lm_saes.parallel.mesh import MODEL, axes_of
+from lm_saes.parallel.mesh import HEAD, MODEL, axes_of
 from lm_saes.parts import Cut, Held
 
 if TYPE_CHECKING:
@@ -20,24 +21,30 @@ if TYPE_CHECKING:
     from lm_saes.dictionaries.config import BaseSAEConfig
 
 Kind = TypeVar("Kind", bound="AbstractSparseAutoEncoder")
+OF_LATENTS = {MODEL: -1}
+"""The `dim_maps` entry of statistics of latents."""
 
 
 def build_part(kind: type[Kind], cfg: BaseSAEConfig, mesh: DeviceMesh) -> Kind:
     """This process's part of a dictionary, all zeros, without the rest ever having been there.
 
     Raises:
-        ConfigError: the latents cannot be cut evenly.
+        ConfigError: the latents, or the heads, cannot be cut evenly, or there are no heads to cut.
     """
     axes = axes_of(mesh)
     with torch.device("meta"):
         part = kind(cfg)
-    dims, n = latent_dims(part.dim_maps()), axes.latents.size
+    if axes.sites.size > 1 and not any(HEAD in dims for dims in part.dim_maps().values()):
+        raise ConfigError(f"device_mesh: sae_type={cfg.sae_type!r} has no heads to cut; only a crosscoder has")
+    part.attach(axes)
+    maps = part.dim_maps()
     for name, whole in [*part.named_parameters(), *part.named_buffers()]:
         owner, _, own_name = name.rpartition(".")
-        shape, dim = list(whole.shape), dims.get(name)
-        if dim is not None:
-            for run in runs_of(part, shape[dim]):
-                _check_even(cfg, run, n)
+        shape = list(whole.shape)
+        for along, dim in maps.get(name, {}).items():
+            n = _axis(part, along).size
+            for run in _runs(part, along, shape[dim]):
+                _check_even(cfg, along, run, n)
             shape[dim] //= n
         order = storage_order(whole)
         stored = torch.zeros([shape[i] for i in order], dtype=whole.dtype, device=cfg.device)
@@ -46,7 +53,6 @@ def build_part(kind: type[Kind], cfg: BaseSAEConfig, mesh: DeviceMesh) -> Kind:
             part.get_submodule(owner)._parameters[own_name] = nn.Parameter(tensor)
         else:
             part.get_submodule(owner)._buffers[own_name] = tensor
-    part.attach(axes)
     return part
 
 
@@ -58,56 +64,65 @@ def runs_of(dictionary: AbstractSparseAutoEncoder, size: int) -> list[int]:
 
 def own_part(dictionary: AbstractSparseAutoEncoder, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parts of whole tensors, by their names in files, that belong to this process."""
-    dims = latent_dims(dictionary.file_dim_maps())
-    cuts = {name: cut_of(dictionary, dims.get(name), tensor.shape) for name, tensor in whole.items()}
-    return {name: tensor if (cut := cuts[name]) is None else cut.part(tensor) for name, tensor in whole.items()}
+    maps, parts = dictionary.file_dim_maps(), dict(whole)
+    for name, tensor in whole.items():
+        for cut in cuts_of(dictionary, maps.get(name, {}), tensor.shape):
+            parts[name] = cut.part(parts[name])
+    return parts
 
 
 def latent_numbers(dictionary: AbstractSparseAutoEncoder) -> Tensor:
     """The number, among all, of each latent of this process, by its place in `dead_shape` (flattened)."""
     n, shape = dictionary.axes.latents.size, dictionary.dead_shape
-    whole = torch.arange(math.prod(shape) * n, device=dictionary.cfg.device).view(*shape[:-1], -1)
-    cut = cut_of(dictionary, -1, whole.shape)
-    return (whole if cut is None else cut.part(whole)).flatten()
+    numbers = torch.arange(math.prod(shape) * n, device=dictionary.cfg.device).view(*shape[:-1], -1)
+    for cut in cuts_of(dictionary, OF_LATENTS, numbers.shape):
+        numbers = cut.part(numbers)
+    return numbers.flatten()
 
 
-def cut_of(dictionary: AbstractSparseAutoEncoder, dim: int | None, shape: Sequence[int]) -> Cut | None:
-    """How a tensor of a shape is cut along its latents, which are in dimension `dim` (None: nowhere).
+def cuts_of(dictionary: AbstractSparseAutoEncoder, dims: Mapping[str, int], shape: Sequence[int]) -> tuple[Cut, ...]:
+    """How a tensor of a shape is cut along the axes of a mesh, of each of which `dims` names the dimension.
 
     Raises:
         CheckpointError: it cannot be.
     """
-    latents = dictionary.axes.latents
-    if dim is None or not shape or latents.size == 1:
-        return None
-    dim %= len(shape)
-    runs = runs_of(dictionary, shape[dim])
-    if any(run % latents.size for run in runs):
-        raise CheckpointError(f"a tensor of shape {tuple(shape)} cannot be cut for {latents.size} processes: {runs}")
-    return Cut(dim, tuple(runs), latents)
+    cuts = []
+    for along, dim in dims.items():
+        axis = _axis(dictionary, along)
+        if not shape or axis.size == 1:
+            continue
+        runs = _runs(dictionary, along, shape[dim])
+        if any(run % axis.size for run in runs):
+            raise CheckpointError(f"a tensor of shape {tuple(shape)} cannot be cut for {axis.size} processes: {runs}")
+        cuts.append(Cut(dim % len(shape), tuple(runs), axis))
+    return tuple(cuts)
 
 
 def held(
-    dictionary: AbstractSparseAutoEncoder, tensors: Mapping[str, Tensor], dims: Mapping[str, int]
+    dictionary: AbstractSparseAutoEncoder, tensors: Mapping[str, Tensor], maps: Mapping[str, Mapping[str, int]]
 ) -> dict[str, Held]:
-    """This process's tensors, and how they are cut from the whole: along dimension `dims[name]`, if there is one."""
-    n, found = dictionary.axes.latents.size, dict[str, Held]()
+    """This process's tensors, and how they are cut from the whole, by their `dim_maps` (of those that have one)."""
+    found = dict[str, Held]()
     for name, tensor in tensors.items():
-        dim, shape = dims.get(name), list(tensor.shape)
-        if dim is not None and shape:
-            shape[dim] *= n
-        found[name] = tensor, cut_of(dictionary, dim, shape)
+        dims, shape = maps.get(name, {}), list(tensor.shape)
+        for along, dim in dims.items() if shape else ():
+            shape[dim] *= _axis(dictionary, along).size
+        found[name] = tensor, cuts_of(dictionary, dims, shape)
     return found
 
 
-def latent_dims(maps: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
-    """The dimension of latents of each tensor that has one, from `dim_maps()` or `file_dim_maps()`."""
-    return {name: dims[MODEL] for name, dims in maps.items() if MODEL in dims}
+def _axis(dictionary: AbstractSparseAutoEncoder, along: str) -> Axis:
+    return {MODEL: dictionary.axes.latents, HEAD: dictionary.axes.sites}[along]
 
 
-def _check_even(cfg: BaseSAEConfig, size: int, n: int) -> None:
+def _runs(dictionary: AbstractSparseAutoEncoder, along: str, size: int) -> list[int]:
+    return runs_of(dictionary, size) if along == MODEL else [size]
+
+
+def _check_even(cfg: BaseSAEConfig, along: str, size: int, n: int) -> None:
     if size % n:
+        what = "heads" if along == HEAD else "latents (or heads, or transforms of one rank)"
         raise ConfigError(
-            f"model_parallel_size={n}: does not divide the {size} latents (or heads, or transforms of one rank) of "
-            f"sae_type={cfg.sae_type!r} evenly; use a divisor"
+            f"{along}_parallel_size={n}: does not divide the {size} {what} of sae_type={cfg.sae_type!r} evenly; use a "
+            "divisor"
         )

@@ -16,7 +16,7 @@ from lm_saes.dictionaries.files import SHARDS, WEIGHTS
 from lm_saes.latents.axis import Axis
 from lm_saes.metrics.board import Board
 from lm_saes.parallel.dictionaries import write_weights
-from lm_saes.parallel.sharding import cut_of, held, latent_dims
+from lm_saes.parallel.sharding import OF_LATENTS, cuts_of, held
 from lm_saes.parts import Cut, Held, Parts, write_parts
 
 RNG = "rng.cpu"
@@ -38,11 +38,11 @@ def write_own(
         if axis is None:
             by_latent[name] = tensor
         else:
-            rows[name] = tensor[None], Cut(0, (axis.size,), axis)
+            rows[name] = tensor[None], (Cut(0, (axis.size,), axis),)
     return [
         *write_weights(sae, draft / SHARDS),
-        *write_parts(draft / "optimizer.dcp", held(sae, moments, _dims_of(moments, sae)), sae.axes),
-        *write_parts(draft / "state.dcp", rows | held(sae, by_latent, dict.fromkeys(by_latent, -1)), sae.axes),
+        *write_parts(draft / "optimizer.dcp", held(sae, moments, _maps_of(moments, sae)), sae.axes),
+        *write_parts(draft / "state.dcp", rows | held(sae, by_latent, dict.fromkeys(by_latent, OF_LATENTS)), sae.axes),
     ]
 
 
@@ -53,14 +53,14 @@ def read_own(path: Path, sae: AbstractSparseAutoEncoder, board: Board) -> tuple[
         for name, shape in parts.shapes.items():
             axis = _rows_over(name, sae, board)
             if axis is None:
-                state[name] = parts.read(name, cut_of(sae, -1, shape))
+                state[name] = parts.read(name, cuts_of(sae, OF_LATENTS, shape))
             else:
                 rows = parts.read(name)
                 state[name] = _own_row(rows if parts.path.is_dir() else rows[None], axis, alike=name == RNG)
-    weights = _read(path, Path(WEIGHTS).stem, sae, latent_dims(sae.file_dim_maps()))
+    weights = _read(path, Path(WEIGHTS).stem, sae, sae.file_dim_maps())
     with _open(path, "optimizer") as parts:
-        dims = _dims_of(parts.shapes, sae)
-    return weights, state, _read(path, "optimizer", sae, dims)
+        maps = _maps_of(parts.shapes, sae)
+    return weights, state, _read(path, "optimizer", sae, maps)
 
 
 def _rows_over(name: str, sae: AbstractSparseAutoEncoder, board: Board) -> Axis | None:
@@ -81,12 +81,12 @@ def _open(path: Path, name: str) -> Parts:
     return Parts(one if one.exists() else path / f"{name}.dcp")
 
 
-def _read(path: Path, name: str, sae: AbstractSparseAutoEncoder, dims: Mapping[str, int]) -> Tensors:
+def _read(path: Path, name: str, sae: AbstractSparseAutoEncoder, maps: Mapping[str, Mapping[str, int]]) -> Tensors:
     with _open(path, name) as parts:
-        return {key: parts.read(key, cut_of(sae, dims.get(key), shape)) for key, shape in parts.shapes.items()}
+        return {key: parts.read(key, cuts_of(sae, maps.get(key, {}), shape)) for key, shape in parts.shapes.items()}
 
 
-def _dims_of(moments: Mapping[str, object], sae: AbstractSparseAutoEncoder) -> dict[str, int]:
-    """Where the optimizer's tensors, named `<parameter>.<key>`, have their latents: where the parameter has."""
-    dims = latent_dims(sae.dim_maps())
-    return {name: dims[of] for name in moments if (of := name.rpartition(".")[0]) in dims}
+def _maps_of(moments: Mapping[str, object], sae: AbstractSparseAutoEncoder) -> dict[str, dict[str, int]]:
+    """How the optimizer's tensors, named `<parameter>.<key>`, are cut: as the parameter is."""
+    maps = sae.dim_maps()
+    return {name: maps[of] for name in moments if (of := name.rpartition(".")[0]) in maps}

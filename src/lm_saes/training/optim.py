@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lm_saes.errors import ConfigError
 from lm_saes.latents import kernels
-from lm_saes.latents.axis import ALONE, Axis
+from lm_saes.latents.axis import Axes
 from lm_saes.latents.row_gradients import RowGradients, carry_row_gradients, storage_order
 from lm_saes.training.config import TrainerConfig
 
@@ -25,8 +25,8 @@ class SparseAdam(Optimizer):
     Moments decay everywhere; moments take up the gradient, and weights move, only where the gradient is not zero:
     `w -= lr sqrt(1 - b2^t)/(1 - b1^t) m / (sqrt(v) + eps)`. A parameter whose gradient is all zero is skipped.
 
-    A gradient is a parameter's `grad`, or the rows that it carries (`RowGradients`). With `latents`, parameters are
-    parts of what is cut along that axis, and skipped where the gradient is zero in all of it.
+    A gradient is a parameter's `grad`, or the rows that it carries (`RowGradients`). With `axes`, parameters are parts
+    of what is cut along its latents and sites, and skipped where the gradient is zero in all of it.
     """
 
     def __init__(
@@ -35,10 +35,10 @@ class SparseAdam(Optimizer):
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        latents: Axis = ALONE,
+        axes: Axes | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
-        self._latents = latents
+        self._axes = Axes() if axes is None else axes
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -50,7 +50,7 @@ class SparseAdam(Optimizer):
         listed = [(p, _gradient(p), group) for group in self.param_groups for p in group["params"]]
         given = [(p, gradient, group) for p, gradient, group in listed if gradient is not None]
         some = torch.stack([gradient.any().int() for _, gradient, _ in given]) if given else torch.zeros(0)
-        some = self._latents.total(some).tolist()
+        some = self._axes.sites.total(self._axes.latents.total(some)).tolist()
         for (p, gradient, group), not_zero in zip(given, some, strict=True):
             if not_zero:
                 self._update(p, gradient, group)
@@ -127,7 +127,7 @@ def build_optimizer(cfg: TrainerConfig, dictionary: AbstractSparseAutoEncoder) -
         group["lr"] = group["base_lr"]
     carry_row_gradients(names, cfg.optimizer_class == "sparseadam")
     if cfg.optimizer_class == "sparseadam":
-        return SparseAdam(groups, betas=cfg.betas, latents=dictionary.axes.latents)
+        return SparseAdam(groups, betas=cfg.betas, axes=dictionary.axes)
     if not cfg.optimizer_foreach:
         return torch.optim.Adam(groups, betas=cfg.betas, foreach=False, fused=False)
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in names)
@@ -159,14 +159,18 @@ def threshold_gradient_norm(dictionary: AbstractSparseAutoEncoder) -> Tensor:
 
 
 def _norm(dictionary: AbstractSparseAutoEncoder, thresholds: bool) -> Tensor:
-    gradients, latents = _gradients(dictionary, thresholds), dictionary.axes.latents
-    if latents.size == 1:
+    gradients, axes = _gradients(dictionary, thresholds), dictionary.axes
+    if axes.latents.size == axes.sites.size == 1:
         return torch.nn.utils.get_total_norm(gradients.values())
     maps = dictionary.dim_maps()
-    cut = [gradient for name, gradient in gradients.items() if "model" in maps[name]]
-    copied = [gradient for name, gradient in gradients.items() if "model" not in maps[name]]
-    cut_square, copied_square = (torch.nn.utils.get_total_norm(some).square() for some in (cut, copied))
-    return (latents.total(cut_square) + copied_square).sqrt()
+
+    def square(*along: str) -> Tensor:
+        """Of the gradients that are cut along these axes of the mesh, and no other."""
+        some = [g for name, g in gradients.items() if {"model", "head"} & maps[name].keys() == set(along)]
+        return torch.nn.utils.get_total_norm(some).square()
+
+    of_latents, of_both = axes.latents.total(torch.stack([square("model"), square("model", "head")]))
+    return (square() + of_latents + axes.sites.total(square("head") + of_both)).sqrt()
 
 
 def clip_gradients(dictionary: nn.Module, norm: Tensor, largest: float) -> Tensor:

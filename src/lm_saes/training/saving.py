@@ -57,7 +57,8 @@ def checkpoint_bytes(run: Run, stream_state: dict[str, Any] | None) -> int:
     moments = 2 * _bytes(run.dictionary.parameters())
     here = weights + moments + _bytes(tensor for _, tensor in run.board.tensors())
     stream = _bytes(checkpoint.split_tensors(stream_state)[1].values()) if stream_state else 0
-    return run.dictionary.axes.latents.size * here + stream
+    axes = run.dictionary.axes
+    return axes.sites.size * axes.latents.size * here + stream
 
 
 def _bytes(tensors: Any) -> int:
