@@ -1,11 +1,8 @@
 """Selection from products in bfloat16, where autocast asks for them and the processor has instructions for them.
 
 Scale and bias are columns of the product, which adds them up in float32: what comes out is `s` itself, rounded once.
-Entries are compared as the integers that their bits are. That is the order of the positive ones; the others lie below
-in no order, but none of them is kept.
 
-Letters: N tokens, B tokens of a block, D width, F latents, J latents at a time, X columns, k of them wanted, P padded
-width.
+Letters: N tokens, B tokens of a block, D width, F latents, J latents at a time, k of them wanted, P padded width.
 """
 
 from __future__ import annotations
@@ -15,11 +12,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lm_saes.latents.bits import above, largest
 from lm_saes.latents.bounds import BLOCK_BYTES, LATENTS_AT_ONCE, WIDTH_OF, fill, in_parts
 from lm_saes.latents.products import cpu_computes_in, product, product_dtype
 
-GROUPS_OF = 4
-"""Columns of one group, at each of several stages."""
 BIAS_PARTS = 3
 """So many numbers in half precision add up to one in float32."""
 SHARES = 1.5
@@ -42,7 +38,7 @@ def top_in_half(x_ND: Tensor, W_DF: Tensor, b_F: Tensor, scale_F: Tensor | None,
     columns_Nk = torch.empty(len(x_ND), k, dtype=torch.int64)
     s_Nk = x_ND.new_empty(len(x_ND), k)
     for tokens, s_BF in _products(x_ND, W_DF, b_F, scale_F):
-        columns_Bk = _largest(s_BF.view(torch.int16), k)
+        columns_Bk = largest(s_BF, k)
         columns_Nk[tokens], s_Nk[tokens] = columns_Bk, s_BF.gather(1, columns_Bk).float()
     return columns_Nk, _linear(s_Nk, columns_Nk, b_F, scale_F)
 
@@ -59,7 +55,7 @@ def batch_in_half(
     for tokens, s_BF in _products(x_ND, W_DF, b_F, scale_F):
         n_tokens = tokens.stop - tokens.start
         share = n if n_tokens == len(x_ND) else int(SHARES * n * n_tokens / len(x_ND))
-        flat_E, bits_E, least = _above(s_BF.view(torch.int16), share)
+        flat_E, bits_E, least = above(s_BF, share)
         found.append((flat_E + tokens.start * len(b_F), bits_E))
         floor = max(floor, least)
     flat_E, bits_E = torch.cat([flat for flat, _ in found]), torch.cat([bits for _, bits in found])
@@ -115,40 +111,3 @@ def _scaled(W_DF: Tensor, b_F: Tensor, scale_F: Tensor | None) -> Tensor:
 
 def _padded(width: int) -> int:
     return -(-(width + BIAS_PARTS) // WIDTH_OF) * WIDTH_OF
-
-
-def _largest(v_BX: Tensor, k: int) -> Tensor:
-    """Columns of the k largest of each row, `[B, k]`: they lie in the k groups with the largest maxima, which are
-    found in the same way. A group is what leaves the same remainder."""
-    n_rows, n_columns = v_BX.shape
-    n_groups = n_columns // GROUPS_OF
-    if n_columns % GROUPS_OF or n_groups < 2 * k:
-        return v_BX.topk(k, dim=1, sorted=False).indices
-    of_groups = v_BX.view(n_rows, GROUPS_OF, n_groups)
-    groups_Bk = _largest(of_groups.amax(1), k)
-    few = of_groups.gather(2, groups_Bk[:, None].expand(n_rows, GROUPS_OF, k)).view(n_rows, -1)
-    best_Bk = few.topk(k, dim=1, sorted=False).indices
-    return groups_Bk.gather(1, best_Bk % k).add_(best_Bk // k, alpha=n_groups)
-
-
-def _above(v_BF: Tensor, n: int) -> tuple[Tensor, Tensor, int]:
-    """At least the n largest positive entries of a block (places in the flattened block, by row; values), and the
-    least value of which all are among them."""
-    n_rows, n_latents = v_BF.shape
-    groups_of = GROUPS_OF if n_latents % GROUPS_OF == 0 else 1
-    n_groups = n_latents // groups_of
-    maxima_BG = v_BF.view(n_rows, groups_of, n_groups).amax(1)
-    least = _nth_largest(maxima_BG, n)
-    groups_X = (maxima_BG >= least).view(-1).nonzero().squeeze(1)
-    starts_X = groups_X.add_(groups_X // n_groups, alpha=n_latents - n_groups)
-    flat_XM = (starts_X[:, None] + torch.arange(0, n_latents, n_groups)).view(-1)
-    values_XM = v_BF.view(-1).index_select(0, flat_XM)
-    chosen = (values_XM >= least).nonzero().squeeze(1)
-    return flat_XM.index_select(0, chosen), values_XM.index_select(0, chosen), least
-
-
-def _nth_largest(v: Tensor, n: int) -> int:
-    """The n-th largest of 16-bit integers; 1, the least positive one, where fewer are positive."""
-    counts = torch.bincount(v.clamp(min=0).view(-1), minlength=1 << 15)
-    at_least = counts[1:].flip(0).cumsum(0).flip(0)
-    return max(1, int((at_least >= n).sum()))

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from lm_saes import waiting
 from lm_saes.latents import kernels
+from lm_saes.latents.bits import above, largest
 from lm_saes.latents.bounds import Bounds, loosened
-from lm_saes.latents.kernels.plain import GROUPS_OF
 from lm_saes.latents.products import cpu_computes_in, product, product_dtype, rows_at_once
-from lm_saes.latents.segments import offsets_of_rows
 
 PROBE_ROWS = 128
 """So many tokens are tried first."""
@@ -106,39 +105,15 @@ class _Screened:
 def _top(bounds: Bounds, tokens: slice, k: int, n_candidates: int) -> _Screened:
     """The k largest `s` of each token, of at least so many candidates."""
     bounds_BF = bounds.of(tokens)
-    n_tokens, n_latents = bounds_BF.shape
-    rows_E, columns_E, outside_B = _above_the_best(bounds_BF, min(n_candidates, n_latents))
-    products_E, s_E = bounds.exact(tokens, rows_E, columns_E)
-    offsets = offsets_of_rows(rows_E, n_tokens).long()
-    width = int((offsets[1:] - offsets[:-1]).max())
-    entries_E = torch.arange(len(s_E))
-    places_E = entries_E + (torch.arange(n_tokens) * width - offsets[:-1]).index_select(0, rows_E)
-    s_BC = s_E.new_full((n_tokens * width,), -torch.inf).index_copy_(0, places_E, s_E).view(n_tokens, width)
-    entry_BC = entries_E.new_zeros(n_tokens * width).index_copy_(0, places_E, entries_E).view(n_tokens, width)
-    best = s_BC.topk(min(k, width), dim=1, sorted=False)
-    entries_Bk = entry_BC.gather(1, best.indices)
+    columns_BC = largest(bounds_BF, min(n_candidates, bounds_BF.shape[1]))
+    outside_B = bounds_BF.gather(1, columns_BC).amin(1).clamp(min=0)
+    rows_E = torch.arange(len(columns_BC)).repeat_interleave(columns_BC.shape[1])
+    products_E, s_E = bounds.exact(tokens, rows_E, columns_BC.view(-1))
+    best = s_E.view_as(columns_BC).topk(k, dim=1, sorted=False)
     proven_B = best.values.amin(1).clamp(min=0) >= loosened(outside_B)
-    return _Screened(columns_E[entries_Bk], products_E[entries_Bk], proven_B)
-
-
-def _above_the_best(bounds_BF: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """At least the n largest entries of each row (rows and columns, by row), and what the others do not exceed, `[B]`.
-
-    Groups of columns (a group is what leaves the same remainder) are compared by their maxima; the entries that reach
-    the n-th largest maximum lie in the groups of the n largest.
-    """
-    n_rows, n_latents = bounds_BF.shape
-    n_groups = n_latents // GROUPS_OF
-    if n_latents % GROUPS_OF or n_groups < 2 * n:
-        best = bounds_BF.topk(n, dim=1, sorted=False)
-        rows = torch.arange(n_rows).repeat_interleave(n)
-        return rows, best.indices.view(-1), best.values.amin(1)
-    maxima = bounds_BF.view(n_rows, GROUPS_OF, n_groups).amax(1).topk(n, dim=1, sorted=False)
-    least_B = maxima.values.amin(1)
-    within = torch.arange(0, n_latents, n_groups)
-    columns_BX = (maxima.indices[:, :, None] + within).view(n_rows, -1)
-    chosen = (bounds_BF.gather(1, columns_BX) >= least_B[:, None]).view(-1).nonzero().squeeze(1)
-    return chosen // columns_BX.shape[1], columns_BX.view(-1).index_select(0, chosen), least_B
+    return _Screened(
+        columns_BC.gather(1, best.indices), products_E.view_as(columns_BC).gather(1, best.indices), proven_B
+    )
 
 
 def batch_products(
@@ -149,36 +124,18 @@ def batch_products(
     Their rows and columns, by row, `x W` and `s` there, all `[E]`. None if this cannot be shown. Everything float32,
     on a CPU.
     """
-    bounds, found, floor = Bounds(x_ND, W_DF, b_F, scale_F), list[tuple[Tensor, Tensor, Tensor]](), x_ND.new_zeros(())
+    bounds, found, floor = Bounds(x_ND, W_DF, b_F, scale_F), list[tuple[Tensor, Tensor]](), 1
     for tokens in bounds.blocks(first=0):
         share = BATCH_CANDIDATES * n * (tokens.stop - tokens.start) // len(x_ND)
-        flat_E, bounds_E, outside = _above_the_batch(bounds.of(tokens), int(share))
-        found.append((flat_E + tokens.start * len(b_F), bounds_E, outside))
-        floor = torch.maximum(floor, outside)
-    flat_E = torch.cat([flat[bounds_E >= floor] for flat, bounds_E, _ in found])
+        flat_E, bits_E, least = above(bounds.of(tokens), int(share))
+        found.append((flat_E + tokens.start * len(b_F), bits_E))
+        floor = max(floor, least)
+    flat_E = torch.cat([flat_E[bits_E >= floor] for flat_E, bits_E in found])
     rows_E, columns_E = flat_E // len(b_F), flat_E % len(b_F)
     products_E, s_E = bounds.exact(slice(0, len(x_ND)), rows_E, columns_E)
     least = s_E.topk(n, sorted=False).values.amin() if len(s_E) >= n else s_E.new_zeros(())
-    if not bool(least.clamp(min=0) >= loosened(floor)):
+    outside = torch.tensor(floor, dtype=torch.int16).view(torch.bfloat16) if floor > 1 else x_ND.new_zeros(())
+    if not bool(least.clamp(min=0) >= loosened(outside)):
         return None
     likely_E = (s_E >= least).nonzero().squeeze(1)
     return rows_E[likely_E], columns_E[likely_E], products_E[likely_E], s_E[likely_E]
-
-
-def _above_the_batch(bounds_BF: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """At least the n largest positive entries of a block (places in the flattened block, ascending; bounds), and what
-    the others do not exceed."""
-    n_rows, n_latents = bounds_BF.shape
-    n_groups = n_latents // GROUPS_OF
-    if n_latents % GROUPS_OF or n_rows * n_groups <= n:
-        least = bounds_BF.float().flatten().topk(min(n, bounds_BF.numel()), sorted=False).values.amin().clamp(min=0)
-        flat_E = (bounds_BF > least).view(-1).nonzero().squeeze(1)
-        return flat_E, bounds_BF.view(-1).index_select(0, flat_E).float(), least
-    maxima_BG = bounds_BF.view(n_rows, GROUPS_OF, n_groups).amax(1).float()
-    least = maxima_BG.flatten().topk(n, sorted=False).values.amin().clamp(min=0)
-    rows_X, groups_X = (maxima_BG > least).nonzero().unbind(1)
-    flat_XM = (rows_X * n_latents + groups_X)[:, None] + torch.arange(0, n_latents, n_groups)
-    values_XM = bounds_BF.view(-1).index_select(0, flat_XM.view(-1)).float()
-    chosen = (values_XM > least).nonzero().squeeze(1)
-    flat_E, order = flat_XM.view(-1).index_select(0, chosen).sort()
-    return flat_E, values_XM.index_select(0, chosen).index_select(0, order), least

@@ -1,0 +1,60 @@
+"""The largest of numbers in bfloat16, compared as the integers that their bits are.
+
+That is the order of the positive ones; the others lie below in no order, and are never among those wanted for good.
+Integers of 16 bits are compared several times faster than bfloat16, and few enough to be counted.
+
+Letters: B tokens of a block, F latents, G groups, X columns, M of a group, k or n wanted.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GROUPS_OF = 4
+"""Columns of one group, at each of several stages."""
+
+
+def largest(v_BX: Tensor, k: int) -> Tensor:
+    """Columns of the k largest of each row, `[B, k]` (int64).
+
+    They lie in the k groups with the largest maxima, which are found in the same way. A group is what leaves the same
+    remainder.
+    """
+    return _largest(v_BX.view(torch.int16), k)
+
+
+def above(v_BF: Tensor, n: int) -> tuple[Tensor, Tensor, int]:
+    """At least the n largest positive entries of a block (places in the flattened block, by row; bits), and the least
+    bits of which all are among them (1: all that are positive)."""
+    n_rows, n_latents = v_BF.shape
+    groups_of = GROUPS_OF if n_latents % GROUPS_OF == 0 else 1
+    n_groups = n_latents // groups_of
+    bits_BF = v_BF.view(torch.int16)
+    maxima_BG = bits_BF.view(n_rows, groups_of, n_groups).amax(1)
+    least = _nth_largest(maxima_BG, n)
+    groups_X = (maxima_BG >= least).view(-1).nonzero().squeeze(1)
+    starts_X = groups_X.add_(groups_X // n_groups, alpha=n_latents - n_groups)
+    flat_XM = (starts_X[:, None] + torch.arange(0, n_latents, n_groups)).view(-1)
+    bits_XM = bits_BF.view(-1).index_select(0, flat_XM)
+    chosen = (bits_XM >= least).nonzero().squeeze(1)
+    return flat_XM.index_select(0, chosen), bits_XM.index_select(0, chosen), least
+
+
+def _largest(v_BX: Tensor, k: int) -> Tensor:
+    n_rows, n_columns = v_BX.shape
+    n_groups = n_columns // GROUPS_OF
+    if n_columns % GROUPS_OF or n_groups < 2 * k:
+        return v_BX.topk(k, dim=1, sorted=False).indices
+    of_groups = v_BX.view(n_rows, GROUPS_OF, n_groups)
+    groups_Bk = _largest(of_groups.amax(1), k)
+    few = of_groups.gather(2, groups_Bk[:, None].expand(n_rows, GROUPS_OF, k)).view(n_rows, -1)
+    best_Bk = few.topk(k, dim=1, sorted=False).indices
+    return groups_Bk.gather(1, best_Bk % k).add_(best_Bk // k, alpha=n_groups)
+
+
+def _nth_largest(v: Tensor, n: int) -> int:
+    """The n-th largest of 16-bit integers; 1, the least positive one, where fewer are positive."""
+    counts = torch.bincount(v.clamp(min=0).view(-1), minlength=1 << 15)
+    at_least = counts[1:].flip(0).cumsum(0).flip(0)
+    return max(1, int((at_least >= n).sum()))
