@@ -46,11 +46,10 @@ def _largest(v_BX: Tensor, k: int) -> Tensor:
     n_groups = n_columns // GROUPS_OF
     if n_columns % GROUPS_OF or n_groups < 2 * k:
         return v_BX.topk(k, dim=1, sorted=False).indices
-    of_groups = v_BX.view(n_rows, GROUPS_OF, n_groups)
-    groups_Bk = _largest(of_groups.amax(1), k)
-    few = of_groups.gather(2, groups_Bk[:, None].expand(n_rows, GROUPS_OF, k)).view(n_rows, -1)
-    best_Bk = few.topk(k, dim=1, sorted=False).indices
-    return groups_Bk.gather(1, best_Bk % k).add_(best_Bk // k, alpha=n_groups)
+    groups_Bk = _largest(v_BX.view(n_rows, GROUPS_OF, n_groups).amax(1), k)
+    columns_BC = (groups_Bk[:, None] + torch.arange(0, n_columns, n_groups)[:, None]).view(n_rows, -1)
+    best_Bk = v_BX.gather(1, columns_BC).topk(k, dim=1, sorted=False).indices
+    return columns_BC.gather(1, best_Bk)
 
 
 def _nth_largest(v: Tensor, n: int) -> int:

@@ -7,10 +7,12 @@ relative error `u = 2^-8` at most, Cauchy-Schwarz gives
 
 which are two more terms of the product, as are bias and mean (in three parts, whose rounding errors do not matter).
 
-Letters: N tokens, B tokens of a block, D width, F latents, J latents at a time, E entries, P padded width.
+Letters: N tokens, B tokens of a block, D width, F latents, J rows at a time, E entries, P padded width.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -20,8 +22,8 @@ from lm_saes.latents.segments import offsets_of_rows
 
 BLOCK_BYTES = 38 << 20
 """Size of one block of bounds."""
-LATENTS_AT_ONCE = 512
-"""So many latents' weights are scaled and rounded at a time."""
+ROWS_AT_ONCE = 512
+"""So many inputs, or latents' weights, are scaled and rounded at a time: they stay in the cache meanwhile."""
 UNIT = 2.0**-8
 """Largest relative error of rounding to bfloat16."""
 SLACK = 1 + 2.0**-6
@@ -45,25 +47,27 @@ class Bounds:
         mean_D = x_ND.mean(0)
         padded = -(-(width + 5) // WIDTH_OF) * WIDTH_OF
         self._x_NP = x_ND.new_empty(len(x_ND), padded, dtype=torch.bfloat16)
-        norm_N, lost_N = _round(x_ND - mean_D, self._x_NP[:, :width])
+        norm_N, lost_N = x_ND.new_empty(2, len(x_ND))
+        scratch = x_ND.new_empty(2, ROWS_AT_ONCE, width)
+        for some in _in_turn(len(x_ND)):
+            x_JD = torch.sub(x_ND[some], mean_D, out=scratch[0, : len(x_ND[some])])
+            _round(x_JD, self._x_NP[some, :width], norm_N[some], lost_N[some], scratch[1])
         lost_N += 2**-18 * torch.linalg.vector_norm(x_ND, dim=1)  # float32 sums, here and in the values themselves
         ones_N = torch.ones_like(norm_N)
         fill(self._x_NP[:, width:], [ones_N, ones_N, ones_N, lost_N * SLACK, norm_N * SLACK])
         self._W_FP = x_ND.new_empty(n_latents, padded, dtype=torch.bfloat16)
-        shift_F, norm_F, lost_F = (torch.empty_like(b_F) for _ in range(3))
-        for start in range(0, n_latents, LATENTS_AT_ONCE):
-            some = slice(start, start + LATENTS_AT_ONCE)
-            w_JD = self.W_FD[some] if scale_F is None else self.W_FD[some] * scale_F[some, None]
+        shift_F, norm_F, lost_F = b_F.new_empty(3, n_latents)
+        for some in _in_turn(n_latents):
+            w_JD = scratch[0, : len(shift_F[some])]
+            torch.mul(self.W_FD[some], 1.0 if scale_F is None else scale_F[some, None], out=w_JD)
             torch.mv(w_JD, mean_D, out=shift_F[some])
-            norm_F[some], lost_F[some] = _round(w_JD, self._W_FP[some, :width])
+            _round(w_JD, self._W_FP[some, :width], norm_F[some], lost_F[some], scratch[1])
         shift_F += b_F if scale_F is None else b_F * scale_F
         fill(self._W_FP[:, width:], [*in_parts(shift_F, 3), norm_F * SLACK, lost_F * SLACK])
 
-    def blocks(self, first: int) -> list[slice]:
-        """The tokens, in blocks; the first may be smaller."""
-        n_tokens, size = len(self.x_ND), max(1, BLOCK_BYTES // (2 * len(self.W_FD)))
-        starts = [0, *range(min(first, n_tokens), n_tokens, size)]
-        return [slice(a, b) for a, b in zip(starts, [*starts[1:], n_tokens], strict=True) if a < b]
+    def blocks(self) -> Iterator[slice]:
+        """The tokens, in blocks."""
+        return _in_turn(len(self.x_ND), max(1, BLOCK_BYTES // (2 * len(self.W_FD))))
 
     def of(self, tokens: slice) -> Tensor:
         """Bounds of some tokens, bfloat16 `[B, F]`: no `s` exceeds its bound by more than the rounding of the bound."""
@@ -83,10 +87,16 @@ def loosened(bound: Tensor) -> Tensor:
     return bound + 2 * UNIT * bound.abs()
 
 
-def _round(v_XD: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows rounded to `out`, in bfloat16; the norm of each, and of what rounding took from it."""
-    out.copy_(v_XD)
-    return torch.linalg.vector_norm(v_XD, dim=1), torch.linalg.vector_norm(v_XD - out, dim=1)
+def _in_turn(n_rows: int, size: int = ROWS_AT_ONCE) -> Iterator[slice]:
+    """Rows, at most so many at a time."""
+    return (slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size))
+
+
+def _round(v_JD: Tensor, out: Tensor, norm_J: Tensor, lost_J: Tensor, scratch: Tensor) -> None:
+    """Write rows rounded to bfloat16, the norm of each, and of what rounding takes from it."""
+    torch.linalg.vector_norm(v_JD, dim=1, out=norm_J)
+    lost_JD = scratch[: len(v_JD)].copy_(out.copy_(v_JD)).sub_(v_JD)
+    torch.linalg.vector_norm(lost_JD, dim=1, out=lost_J)
 
 
 def in_parts(v_F: Tensor, n: int) -> list[Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lm_saes.latents.bits import above, largest
-from lm_saes.latents.bounds import BLOCK_BYTES, LATENTS_AT_ONCE, WIDTH_OF, fill, in_parts
+from lm_saes.latents.bounds import BLOCK_BYTES, ROWS_AT_ONCE, WIDTH_OF, fill, in_parts
 from lm_saes.latents.products import cpu_computes_in, product, product_dtype
 
 BIAS_PARTS = 3
@@ -103,7 +103,7 @@ def _scaled(W_DF: Tensor, b_F: Tensor, scale_F: Tensor | None) -> Tensor:
     if scale_F is None:
         W_FP[:, :width] = W_FD
     else:
-        for W_JP, W_JD, scale_J in zip(*(t.split(LATENTS_AT_ONCE) for t in (W_FP, W_FD, scale_F)), strict=True):
+        for W_JP, W_JD, scale_J in zip(*(t.split(ROWS_AT_ONCE) for t in (W_FP, W_FD, scale_F)), strict=True):
             W_JP[:, :width] = W_JD * scale_J[:, None]
     fill(W_FP[:, width:], in_parts(b_F if scale_F is None else b_F * scale_F, BIAS_PARTS))
     return W_FP

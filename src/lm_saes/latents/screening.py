@@ -56,15 +56,15 @@ def top_products(
 
     None if bounds turn out too loose for these inputs. Everything float32, on a CPU.
     """
-    bounds = Bounds(x_ND, W_DF, b_F, scale_F)
-    first, *others = bounds.blocks(first=PROBE_ROWS)
-    for excess in CANDIDATES:
-        found = [_top(bounds, first, k, int(excess * k))]
-        if float(found[0].proven_B.float().mean()) >= 1 - WORTH_WHILE:
-            break
-    else:
-        return None
-    found += [_top(bounds, tokens, k, int(excess * k)) for tokens in others]
+    bounds, found, n_candidates = Bounds(x_ND, W_DF, b_F, scale_F), list[_Screened](), 0
+    for tokens in bounds.blocks():
+        bounds_BF = bounds.of(tokens)
+        if not found:
+            tried = slice(0, min(PROBE_ROWS, tokens.stop))
+            n_candidates = _enough(bounds, tried, bounds_BF[tried], k)
+            if n_candidates is None:
+                return None
+        found.append(_top(bounds, tokens, bounds_BF, k, n_candidates))
     columns_Nk, products_Nk = torch.cat([f.columns_Bk for f in found]), torch.cat([f.products_Bk for f in found])
     rest_X = torch.cat([~f.proven_B for f in found]).nonzero().squeeze(1)
     if len(rest_X):
@@ -102,10 +102,18 @@ class _Screened:
     """Whether nothing else can be among the positive ones of the k largest."""
 
 
-def _top(bounds: Bounds, tokens: slice, k: int, n_candidates: int) -> _Screened:
-    """The k largest `s` of each token, of at least so many candidates."""
-    bounds_BF = bounds.of(tokens)
-    columns_BC = largest(bounds_BF, min(n_candidates, bounds_BF.shape[1]))
+def _enough(bounds: Bounds, tokens: slice, bounds_BF: Tensor, k: int) -> int | None:
+    """How many candidates are enough for nearly all of these tokens; None: not even the most that are tried."""
+    for excess in CANDIDATES:
+        n_candidates = min(int(excess * k), bounds_BF.shape[1])
+        if float(_top(bounds, tokens, bounds_BF, k, n_candidates).proven_B.float().mean()) >= 1 - WORTH_WHILE:
+            return n_candidates
+    return None
+
+
+def _top(bounds: Bounds, tokens: slice, bounds_BF: Tensor, k: int, n_candidates: int) -> _Screened:
+    """The k largest `s` of each token, of so many candidates."""
+    columns_BC = largest(bounds_BF, n_candidates)
     outside_B = bounds_BF.gather(1, columns_BC).amin(1).clamp(min=0)
     rows_E = torch.arange(len(columns_BC)).repeat_interleave(columns_BC.shape[1])
     products_E, s_E = bounds.exact(tokens, rows_E, columns_BC.view(-1))
@@ -125,7 +133,7 @@ def batch_products(
     on a CPU.
     """
     bounds, found, floor = Bounds(x_ND, W_DF, b_F, scale_F), list[tuple[Tensor, Tensor]](), 1
-    for tokens in bounds.blocks(first=0):
+    for tokens in bounds.blocks():
         share = BATCH_CANDIDATES * n * (tokens.stop - tokens.start) // len(x_ND)
         flat_E, bits_E, least = above(bounds.of(tokens), int(share))
         found.append((flat_E + tokens.start * len(b_F), bits_E))
