@@ -1,6 +1,6 @@
 """Time a training step of other tools, each in an environment of its own, and of this project on the same work.
 
-    python benchmarks/peers/run.py                               everything; 8 GB of disk and most of an hour
+    python benchmarks/peers/run.py                               everything; 8 GB of disk and a quarter of an hour
     python benchmarks/peers/run.py --only sparsify --configs A   one tool beside this project, one configuration
 
 The environments, with pinned versions, are made in .cache/peers and used again; delete that folder to have the space
