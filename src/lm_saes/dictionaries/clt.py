@@ -26,6 +26,7 @@ from lm_saes.dictionaries.sites import SitedDictionary, side_by_side
 from lm_saes.latents.codes import Code
 from lm_saes.latents.hidden import Hidden
 from lm_saes.latents.linear import LayeredEncoder, LinearEncoder
+from lm_saes.latents.row_gradients import chosen_rows
 from lm_saes.losses.dead_latents import DeadList, strongest
 
 
@@ -165,7 +166,7 @@ class CrossLayerTranscoder(SitedDictionary):
             here = dead[i].latents
             h_NX = LinearEncoder(self.W_E[i], self.b_E[i]).rows(here).pre_activations(x_ND)
             f_NX = strongest(h_NX, dead[i].scale(None if scale_LF is None else scale_LF[i]), k_aux, self.axes.latents)
-            written.append(f_NX @ D_FTD.index_select(0, here).flatten(1))
+            written.append(f_NX @ chosen_rows(D_FTD, D_FTD, here).flatten(1))
         error_LND = (record.label - record.reconstruction).detach()
         difference = error_LND - self._add_up(written, bias=False)
         return record.token_mean(squared_length(difference))

@@ -25,6 +25,7 @@ from lm_saes.dictionaries.sites import SitedDictionary, side_by_side
 from lm_saes.latents.codes import Code
 from lm_saes.latents.hidden import Hidden
 from lm_saes.latents.linear import LinearEncoder
+from lm_saes.latents.row_gradients import chosen_rows
 from lm_saes.losses.dead_latents import DeadList, auxk
 
 
@@ -129,10 +130,12 @@ class CrossCoder(SitedDictionary):
         scale_HF, latents = self.selection_scale(record.norm), dead[0].latents
         sites, x_NX = self.axes.sites, side_by_side(self.own_sites(record.input))
         h_NX = sites.enter(self._shared_encoder.rows(latents).pre_activations(x_NX))
+        of_heads = torch.arange(len(self.W_D), device=latents.device)[:, None] * self.n_latents
+        rows = chosen_rows(self.W_D, self.W_D.flatten(0, 1), (of_heads + latents).flatten())
         losses = []
-        for head, W_FD in zip(self.own_sites(range(self.n_sites)), self.W_D, strict=True):
+        for head, W_XD in zip(self.own_sites(range(self.n_sites)), rows.chunk(len(self.W_D)), strict=True):
             scale_X = dead[0].scale(None if scale_HF is None else scale_HF[head])
-            losses.append(auxk(record, h_NX, scale_X, W_FD.index_select(0, latents), k_aux, head))
+            losses.append(auxk(record, h_NX, scale_X, W_XD, k_aux, head))
         return sites.leave(torch.stack(losses).sum()) / self.n_sites
 
     # -- norms, folding --------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from lm_saes.latents.attention import HeadNorm, attend, contexts, pattern, proje
 from lm_saes.latents.codes import Code
 from lm_saes.latents.dense_select import select
 from lm_saes.latents.hidden import Hidden
+from lm_saes.latents.row_gradients import chosen_rows
 from lm_saes.losses.dead_latents import DeadList, auxk
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class LowRankSparseAttention(SingleDictionary):
     def dead_latent_loss(self, record: Record, dead: Sequence[DeadList], k_aux: int) -> Tensor:
         scale_X, latents = dead[0].scale(self.selection_scale(record.norm[0])), dead[0].latents
         h_NX = _hidden(record).index_select(1, latents)
-        return auxk(record, h_NX, scale_X, self.W_O.index_select(0, latents), k_aux)
+        return auxk(record, h_NX, scale_X, chosen_rows(self.W_O, self.W_O, latents), k_aux)
 
     # -- norms, folding --------------------------------------------------------------------------------------------
 

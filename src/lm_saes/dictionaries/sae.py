@@ -22,6 +22,7 @@ from lm_saes.dictionaries.rows import active_directions, flat_mask, scale_to, va
 from lm_saes.dictionaries.single import LinearlyEncoded, SingleConfig
 from lm_saes.latents.codes import Code
 from lm_saes.latents.linear import LinearEncoder, encode
+from lm_saes.latents.row_gradients import chosen_rows
 from lm_saes.losses.dead_latents import DeadList, auxk
 
 MLP_ROWS = 4096
@@ -101,7 +102,7 @@ class SparseAutoEncoder(LinearlyEncoded):
     def dead_latent_loss(self, record: Record, dead: Sequence[DeadList], k_aux: int) -> Tensor:
         scale_X, latents = dead[0].scale(self.selection_scale(record.norm[0])), dead[0].latents
         h_NX = self.encoder.rows(latents).pre_activations(record.input[0])
-        return auxk(record, h_NX, scale_X, self.W_D.index_select(0, latents), k_aux)
+        return auxk(record, h_NX, scale_X, chosen_rows(self.W_D, self.W_D, latents), k_aux)
 
     # -- norms, folding --------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from lm_saes.latents.dense import encode_dense
 from lm_saes.latents.density import sparse_pays
 from lm_saes.latents.found import Found, find_best, find_best_of_layers
 from lm_saes.latents.products import product, product_dtype, rows_at_once
-from lm_saes.latents.row_gradients import RowGradients, receiver
+from lm_saes.latents.row_gradients import RowGradients, chosen_rows, receiver
 from lm_saes.latents.segments import offsets_of_lengths, offsets_of_rows, places_of_columns
 from lm_saes.latents.thresholds import threshold_gradient
 
@@ -64,8 +64,11 @@ class LinearEncoder:
 
     def rows(self, latents: Tensor) -> LinearEncoder:
         """The encoder of some latents alone."""
+        W_of = self.W_DF if self.W_of is None else self.W_of
+        owners = zip(self.parameters(), (W_of, self.b_F, self.gate_W_DF, self.gate_b_F), strict=True)
         chosen = [
-            None if p is None else p.movedim(-1, 0).index_select(0, latents).movedim(0, -1) for p in self.parameters()
+            None if p is None or owner is None else chosen_rows(owner, p.movedim(-1, 0), latents).movedim(0, -1)
+            for p, owner in owners
         ]
         return LinearEncoder(*chosen, shared=self.shared)  # type: ignore[arg-type]
 

@@ -1,9 +1,9 @@
 """Gradients of weights as rows: those of the latents that a batch touches, without the zeros of all others.
 
-A parameter whose optimizer works with rows carries a `RowGradients`. While a step collects gradients, the backward
-passes of sparse codes add their rows to it and give autograd nothing for the parameter. Whatever else reaches the
-parameter (a dense batch, decoder norms, AuxK) arrives in `p.grad` as usual and takes the rows in when all is collected:
-after it a parameter has either rows or a `grad`. Outside of such a step everything arrives in `p.grad`.
+Matrices carry a `RowGradients`. While a step collects gradients, chosen latents (AuxK) and, for an optimizer that works
+with rows, sparse codes add theirs to it and give autograd nothing for the parameter. Whatever else reaches it (a dense
+batch, decoder norms) arrives in `p.grad` as usual and takes the rows in when all is collected: after it a parameter has
+a `grad`, or rows for an optimizer that works with them. Outside of such a step everything arrives in `p.grad`.
 
 Rows are those of the parameter as it lies in memory, cut into as many equal parts as the code numbers latents.
 
@@ -18,14 +18,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lm_saes import waiting
+
 _CARRIED = "row_gradients"
 
 
 class RowGradients:
     """The rows of one parameter's gradient that are not zero, summed up over the backward passes of a step."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self.open = dtype, False
+    def __init__(self, dtype: torch.dtype, suffice: bool = True) -> None:
+        self.dtype, self.suffice, self.open = dtype, suffice, False
+        """Whether rows are all that the optimizer needs; whether rows are taken now."""
         self.clear()
 
     @staticmethod
@@ -58,7 +61,9 @@ class RowGradients:
         self.n_rows, self.ids_U, self.values_UD = n_rows, ids_U, values_UD
 
     def join(self, p: Tensor) -> None:
-        """Move the rows to the parameter's `grad`, if it has one."""
+        """Move the rows to the parameter's `grad`, if it has one or needs one."""
+        if self.n_rows and p.grad is None and not self.suffice:
+            p.grad = torch.zeros_like(p)
         if p.grad is not None and self.n_rows:
             if p.grad.stride() != p.stride():
                 p.grad = torch.empty_like(p).copy_(p.grad)
@@ -66,14 +71,27 @@ class RowGradients:
             self.clear()
 
 
-def carry_row_gradients(parameters: Iterable[Tensor], wanted: bool) -> None:
-    """Let matrices among the parameters carry a `RowGradients`, or none any more."""
+def carry_row_gradients(parameters: Iterable[Tensor], suffice: bool) -> None:
+    """Let matrices among the parameters carry a `RowGradients`, whose rows suffice their optimizer or do not."""
     for p in parameters:
-        setattr(p, _CARRIED, RowGradients(p.dtype) if wanted and p.ndim > 1 else None)
+        setattr(p, _CARRIED, RowGradients(p.dtype, suffice) if p.ndim > 1 else None)
 
 
 def receiver(p: Tensor, rows_FD: Tensor) -> RowGradients | None:
     """Who takes a parameter's gradient as rows at this moment, `rows_FD` being the parameter by rows; None: nobody."""
+    carried = _taker(p, rows_FD)
+    return carried if carried is not None and carried.suffice else None
+
+
+def chosen_rows(p: Tensor, rows_FD: Tensor, latents: Tensor) -> Tensor:
+    """`rows[latents]` (ascending) of a parameter by rows, with their gradient taken as rows where it can be."""
+    taken_by = None if waiting.waits_cost(p.device) else _taker(p, rows_FD)  # there latents may be listed twice, too
+    if taken_by is None:
+        return rows_FD.index_select(0, latents)
+    return _Chosen.apply(rows_FD, latents, taken_by)  # type: ignore[return-value]
+
+
+def _taker(p: Tensor, rows_FD: Tensor) -> RowGradients | None:
     carried = RowGradients.of(p)
     if carried is None or not carried.open or not p.requires_grad:
         return None
@@ -81,11 +99,24 @@ def receiver(p: Tensor, rows_FD: Tensor) -> RowGradients | None:
     return carried if as_stored else None
 
 
+class _Chosen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_FD, latents, taken_by):  # type: ignore[override]
+        ctx.latents, ctx.taken_by, ctx.n_rows = latents, taken_by, len(rows_FD)
+        return rows_FD.index_select(0, latents)
+
+    @staticmethod
+    def backward(ctx, drows_XD):  # type: ignore[override]
+        ctx.taken_by.add(ctx.n_rows, ctx.latents.to(torch.int32), drows_XD.flatten(1))
+        return None, None, None
+
+
 @contextmanager
 def collecting(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Backward passes within add to the rows of those parameters that carry some."""
     carried = {p: rows for p in parameters if (rows := RowGradients.of(p)) is not None}
     for rows in carried.values():
+        rows.clear()
         rows.open = True
     try:
         yield

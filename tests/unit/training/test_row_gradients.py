@@ -19,7 +19,7 @@ from lm_saes.dictionaries.lorsa import LorsaConfig
 from lm_saes.dictionaries.molt import MOLTConfig
 from lm_saes.latents import density
 from lm_saes.latents.axis import Axis
-from lm_saes.latents.row_gradients import RowGradients, carry_row_gradients, collecting
+from lm_saes.latents.row_gradients import RowGradients, carry_row_gradients, chosen_rows, collecting
 from lm_saes.losses.settings import LossSettings
 from lm_saes.training import optim
 from lm_saes.training.checkpoint import saved_steps
@@ -107,7 +107,7 @@ def added(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 def without_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optim, "carry_row_gradients", lambda parameters, wanted: None)
+    monkeypatch.setattr(optim, "carry_row_gradients", lambda parameters, suffice: None)
 
 
 def state_of(fitted: Any) -> dict[str, Tensor]:
@@ -142,6 +142,31 @@ def test_steps_are_those_of_whole_gradients(
     for step, row in whole.log.rows.items():
         pace = {"details/tokens_per_second": rows.log.rows[step]["details/tokens_per_second"]}
         assert rows.log.rows[step] == pytest.approx(row | pace, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["sae", "crosscoder", "clt", "molt", "lorsa"])
+def test_adam_takes_the_rows_of_latents_that_auxk_revives(
+    run: New, batches: New, added: list[Any], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    stream = sited(batches(10, masked=True, contexts=4))
+    settings = {"steps": 5, "tokens": 32, "gradient_accumulation_steps": 2, "clip_grad_norm": 0.2, **AUXK}
+    rows = run(new(kind, "topk"), stream, name="rows", **settings)
+    n_added = len(added)
+    assert n_added and all(some < of_all for some, of_all in added)
+    without_rows(monkeypatch)
+    whole = run(new(kind, "topk"), stream, name="whole", **settings)
+    assert len(added) == n_added and any(row["losses/aux_loss"] > 0 for row in whole.log.rows.values())
+    for name, tensor in state_of(whole).items():
+        torch.testing.assert_close(state_of(rows)[name], tensor, rtol=1e-12, atol=1e-12)
+
+
+def test_a_parameter_that_only_revived_latents_reach_gets_a_gradient() -> None:
+    p = torch.nn.Parameter(torch.zeros(4, 2))
+    carry_row_gradients([p], False)
+    with collecting([p]):
+        chosen_rows(p, p, torch.tensor([1, 3])).backward(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        assert p.grad is None
+    assert p.grad is not None and p.grad.tolist() == [[0.0, 0.0], [1.0, 2.0], [0.0, 0.0], [3.0, 4.0]]
 
 
 def test_in_mixed_precision_too(run: New, batches: New, monkeypatch: pytest.MonkeyPatch) -> None:

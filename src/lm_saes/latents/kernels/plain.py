@@ -14,15 +14,26 @@ GROUPS_OF = 16
 """Columns of one group in the first stage of every selection of the largest."""
 CACHED_BYTES = 1 << 20
 """Size, for each thread, of what several passes follow each other on: half of a core's second-level cache."""
+OFTEN = 16
+"""Rows that are read so many times each are worth bringing into the cache, some columns of all of them at a time."""
+MOST_PARTS = 8
+"""Narrower parts than an eighth of the columns do not pay."""
 
 
 def gather_sum(weights_E: Tensor, indices_E: Tensor, offsets: Tensor, table_XD: Tensor) -> Tensor:
     """`out[r] = sum over entries e of row r of weights[e] * table[indices[e]]`; one offset more than rows."""
+    n_rows = offsets.numel() - 1
     if weights_E.numel() == 0:
-        return table_XD.new_zeros(offsets.numel() - 1, table_XD.shape[1])
-    return nnf.embedding_bag(
-        indices_E, table_XD, offsets, mode="sum", per_sample_weights=weights_E, include_last_offset=True
-    )
+        return table_XD.new_zeros(n_rows, table_XD.shape[1])
+    n_parts, often = table_XD.nbytes // CACHED_BYTES, weights_E.numel() >= OFTEN * (n_rows + len(table_XD))
+    parts = table_XD.chunk(n_parts, 1) if often and 1 < n_parts <= MOST_PARTS else [table_XD]
+    sums = [
+        nnf.embedding_bag(
+            indices_E, part.contiguous(), offsets, mode="sum", per_sample_weights=weights_E, include_last_offset=True
+        )
+        for part in parts
+    ]
+    return sums[0] if len(sums) == 1 else torch.cat(sums, 1)
 
 
 def row_dot(left_ND: Tensor, table_FD: Tensor, rows_E: Tensor, indices_E: Tensor, offsets: Tensor) -> Tensor:

@@ -96,3 +96,28 @@ def test_sparse_adam_with_no_row_only_decays() -> None:
     assert (p == 1).all()
     assert (m == 0.5).all()
     assert (v == 0.25).all()
+
+
+@pytest.mark.parametrize("parts", [2, 5, 8])
+def test_rows_that_are_read_often_are_summed_some_columns_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, parts: int
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    table_XD, weights_E = torch.randn(30, 37, generator=draw), torch.randn(16 * 43, generator=draw)
+    indices_E = torch.randint(30, (len(weights_E),), generator=draw).int()
+    offsets = torch.tensor([0, 5, 5, *range(20, 120, 10), len(weights_E)], dtype=torch.int32)
+    whole = plain.gather_sum(weights_E, indices_E, offsets, table_XD)
+    rows_E = torch.repeat_interleave(torch.arange(13), (offsets[1:] - offsets[:-1]).long())
+    by_hand = torch.zeros(13, 37).index_add_(0, rows_E, weights_E[:, None] * table_XD[indices_E.long()])
+    torch.testing.assert_close(whole, by_hand)
+    monkeypatch.setattr(plain, "CACHED_BYTES", table_XD.nbytes // parts)
+    widths = list[int]()
+    embedding_bag = plain.nnf.embedding_bag
+
+    def spy(indices: torch.Tensor, table: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
+        widths.append(table.shape[1])
+        return embedding_bag(indices, table, *rest, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(plain.nnf, "embedding_bag", spy)
+    torch.testing.assert_close(plain.gather_sum(weights_E, indices_E, offsets, table_XD), whole, rtol=0, atol=0)
+    assert len(widths) == parts and sum(widths) == 37
