@@ -12,15 +12,19 @@ ROOT = Path(__file__).parents[2]
 
 
 class Launch:
-    """`n` processes of one torchrun, all of whose output goes to a file."""
+    """`n` processes of one torchrun, all of whose output goes to a file; with a port, a node of two that meet there."""
 
-    def __init__(self, n: int, arguments: list[str], log: Path, *, restarts: int = 0, command: list[str] | None = None):
+    def __init__(
+        self, n: int, arguments: list[str], log: Path, *, restarts: int = 0, command: list[str] | None = None,
+        port: int | None = None,
+    ) -> None:  # fmt: skip
         self._log = log
+        meet = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "run"]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--max-restarts"]
         command = command or ["-m", "lm_saes", "train"]
         with log.open("wb") as output:
             self._torchrun = subprocess.Popen(
-                [*torchrun, str(restarts), *command, *arguments],
+                [*torchrun, str(restarts), *([] if port is None else meet), *command, *arguments],
                 stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
             )  # fmt: skip

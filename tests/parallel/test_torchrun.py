@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -88,6 +89,31 @@ def test_a_run_has_the_numbers_of_one_process(place: Path, case: str, mesh: tupl
     assert not any("process" in line for line in said) and (place / many / "report.html").exists()
     assert list(saved_steps(place / many)) == list(saved_steps(place / one))
     same(place / one, place / many, 2e-3)
+
+
+def test_two_nodes_meet_and_a_killed_one_ends_the_other(place: Path) -> None:
+    file = config(place, "nodes", "topk", (2, 1))
+    assert [node.wait() for node in on_two_nodes(file, "calm")] == [0, 0]
+    one = place / "topk-one"
+    if not one.exists():
+        train(config(place, "topk-one", "topk", (1, 1)), 1)
+    same(one, place / "nodes", 2e-3)
+
+    file = config(place, "lost", "topk", (2, 1), 400)
+    nodes = on_two_nodes(file, "lost")
+    wait_for_a_save(nodes[0], place / "lost")
+    nodes[1].signal(signal.SIGKILL, 0)
+    assert nodes[0].wait(60) != 0, nodes[0].output()
+    assert nodes[1].wait(60) != 0, nodes[1].output()
+    assert 0 < max(saved_steps(place / "lost")) < 400
+
+
+def on_two_nodes(file: Path, name: str) -> list[Launch]:
+    """One process each of two torchruns, as on two machines."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [Launch(1, [str(file)], file.with_name(f"{name}-{node}.log"), port=port) for node in range(2)]
 
 
 def test_a_killed_process_takes_the_others_down_and_the_restarted_run_ends_the_same(place: Path) -> None:
