@@ -88,7 +88,7 @@ def _among_those_alike(cuts: Sequence[Cut], axes: Axes) -> tuple[int, int]:
     cut_along = [cut.axis for cut in cuts]
     place, n = 0, 1
     for axis in (axes.tokens, axes.sites, axes.latents):
-        wider = [axes.everywhere] if axis is axes.sites else [axes.pool, axes.everywhere]
+        wider = [axes.everywhere] if axis is axes.sites else [axes.batch, axes.everywhere]
         if not any(cut is one for cut in cut_along for one in (axis, *wider)):
             place, n = place * axis.size + axis.place, n * axis.size
     return place, n

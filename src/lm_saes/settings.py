@@ -48,7 +48,7 @@ class TrainSettings(BaseConfig):
     eval: EvalConfig | None = None
     """Evaluate on held-out text every `trainer.eval_frequency` steps and at the end."""
     data_parallel_size: int = Field(default=1, ge=1)
-    """Processes that share the rows of each batch; times `model_parallel_size`, all that torchrun starts."""
+    """Processes that share the rows of each batch; the product of all such sizes is what torchrun has to start."""
     model_parallel_size: int = Field(default=1, ge=1)
     """Processes that share the latents, with their weights and moments."""
     model: LanguageModelConfig | None = None
@@ -112,7 +112,7 @@ class TrainCrossCoderSettings(TrainSettings):
     sae: CrossCoderConfig  # type: ignore[assignment]
     """The dictionary."""
     head_parallel_size: int = Field(default=1, ge=1)
-    """Processes that share the heads, with their weights and moments; multiplies the number of processes, too."""
+    """Processes that share the heads, with their weights and moments."""
 
     @property
     def mesh_sizes(self) -> dict[str, int]:

@@ -103,6 +103,26 @@ def test_initialisation_looks_at_the_whole_batch(initializer: dict[str, Any], po
         assert_same(one, pools(2).train(case, mesh), 1e-9)
 
 
+@pytest.mark.parametrize(
+    ("sae", "trainer", "initializer"),
+    [
+        ({"top_k": 1}, {"auxk_coefficient": 0.1, "k_aux": 4}, {}),
+        ({"top_k": 1}, {"optimizer_class": "sparseadam"}, {}),
+        ({}, {}, {"bias_init_method": "geometric_median", "grid_search_init_norm": True}),
+        ({}, {}, {"initialize_W_D_with_active_subspace": True, "d_active_subspace": 3}),
+        ({}, {}, {"init_encoder_bias_with_mean_hidden_pre": True}),
+    ],
+    ids=["sparse", "sparse adam", "norms", "subspace", "encoder bias"],
+)
+def test_heads_elsewhere(
+    sae: dict[str, Any], trainer: dict[str, Any], initializer: dict[str, Any], pools: Pools, tmp_path: Path
+) -> None:
+    case = Case("crosscoder", "topk", steps=5, uneven=True, sae=sae, trainer=trainer, initializer=initializer)
+    one = train(case, None, str(tmp_path))
+    for mesh in HEADS:
+        assert_same(one, pools(math.prod(mesh)).train(case, mesh), 1e-9)
+
+
 def test_sparse_adam_where_the_latents_of_a_process_have_no_gradient(pools: Pools, tmp_path: Path) -> None:
     case = Case("sae", "topk", steps=8, uneven=True, sae={"top_k": 1}, trainer={"optimizer_class": "sparseadam"})
     assert_same(train(case, None, str(tmp_path)), pools(4).train(case, (1, 4)), 1e-9)

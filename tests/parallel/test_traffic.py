@@ -32,7 +32,7 @@ def test_a_topk_step(mesh: tuple[int, int], pools: Pools) -> None:
     n_tokens, n_latents = CONTEXTS * LENGTH // data, F // model
     reconstruction, candidates = n_tokens * D * B, n_tokens * K * B
     weights = (2 * n_latents * D + n_latents + D) * B
-    width, gradient_norms = 8, 2 * B
+    width, gradient_norm = 8, B
     tokens, n_valid, loss, mean, fired = 8, 4, B, D * B, n_latents * 4
-    assert sent["latents"].tolist() == ([reconstruction + width + gradient_norms, candidates] if model > 1 else [0, 0])
+    assert sent["latents"].tolist() == ([reconstruction + width + gradient_norm, candidates] if model > 1 else [0, 0])
     assert sent["tokens"].tolist() == ([weights + tokens + n_valid + loss + mean + fired, 0] if data > 1 else [0, 0])

@@ -39,7 +39,7 @@ def save_in_parts(sae: SparseAutoEncoder, directory: Path, n: int = 4) -> None:
     dims = {name: dim["model"] for name, dim in maps.items() if "model" in dim}
     for place in range(n):
         axis = Place(place, n)
-        sae.attach(Axes(latents=axis, pool=axis, everywhere=axis))
+        sae.attach(Axes(latents=axis, batch=axis, everywhere=axis))
         own = {name: t.chunk(n, dims[name])[place] if name in dims else t for name, t in whole.items()}
         write_parts(directory / "sae_weights.dcp", held(sae, own, maps), sae.axes, sae.file_metadata)
     sae.attach(Axes())

@@ -138,7 +138,7 @@ class AbstractSparseAutoEncoder(Initializing, Selecting, Normalizing, Stored, AB
         self.axes.latents.draw(weights_FX, lambda block: block.uniform_(-bound, bound), self.latent_runs)
 
     def attach(self, axes: Axes) -> None:
-        """Let latents, and batches, be parts of what these axes cut."""
+        """Let latents, batches, and the weights of sites be parts of what these axes cut."""
         self.axes = self.activation_function.axes = axes
 
     # -- forward ---------------------------------------------------------------------------------------------------
@@ -236,8 +236,8 @@ class AbstractSparseAutoEncoder(Initializing, Selecting, Normalizing, Stored, AB
         """A dictionary of the config's kind, weights not yet drawn.
 
         Args:
-            device_mesh: a DeviceMesh with dimensions `"data"` and `"model"` (or one of them): the dictionary is this
-                process's part of one.
+            device_mesh: a DeviceMesh with some of the dimensions `"data"`, `"model"` and (a crosscoder's) `"head"`:
+                the dictionary is this process's part of one.
         """
         kind = cls.kind_of(cfg)
         if not issubclass(kind, cls):

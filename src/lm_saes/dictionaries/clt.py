@@ -164,7 +164,8 @@ class CrossLayerTranscoder(SitedDictionary):
         written = []
         for i, (x_ND, D_FTD) in enumerate(zip(record.input, self.decoders, strict=True)):
             here = dead[i].latents
-            h_NX = LinearEncoder(self.W_E[i], self.b_E[i]).rows(here).pre_activations(x_ND)
+            W_XD = chosen_rows(self.W_E, self.W_E.mT.flatten(0, 1), here + i * self.n_latents)
+            h_NX = LinearEncoder(W_XD.T, self.b_E[i].index_select(0, here)).pre_activations(x_ND)
             f_NX = strongest(h_NX, dead[i].scale(None if scale_LF is None else scale_LF[i]), k_aux, self.axes.latents)
             written.append(f_NX @ chosen_rows(D_FTD, D_FTD, here).flatten(1))
         error_LND = (record.label - record.reconstruction).detach()

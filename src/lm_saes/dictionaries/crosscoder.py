@@ -77,7 +77,7 @@ class CrossCoder(SitedDictionary):
 
     @property
     def encoder(self) -> LinearEncoder:
-        """All heads' encoders as one, reading their inputs side by side."""
+        """All heads' encoders as one, reading their inputs side by side. (Adds up biases: every process has to ask.)"""
         return replace(self._shared_encoder, n_sites=self.cfg.n_heads)
 
     @property
@@ -150,7 +150,7 @@ class CrossCoder(SitedDictionary):
 
     @torch.no_grad()
     def set_decoder_to_fixed_norm(self, value: float, force_exact: bool) -> None:
-        self.W_D.mul_(scale_to(value, self.own_sites(self.decoder_norm(keepdim=True)), force_exact))
+        self.W_D.mul_(scale_to(value, torch.linalg.vector_norm(self.W_D, dim=2, keepdim=True), force_exact))
 
     def transform_to_unit_decoder_norm(self) -> None:
         """Not possible: a latent's heads share one pre-activation.
@@ -202,6 +202,8 @@ class CrossCoder(SitedDictionary):
         """
         first_NM, own_heads = None, dict(zip(self.own_sites(range(self.n_sites)), self.W_D, strict=True))
         for head, y in enumerate(self.prepare_label(batch)):
+            if head and head not in own_heads:
+                continue
             y_ND = valid_rows(y, batch).float()
             directions_MD = active_directions(y_ND, d_active_subspace)
             if first_NM is None:

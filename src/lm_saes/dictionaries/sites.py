@@ -95,7 +95,7 @@ class SitedDictionary(AbstractSparseAutoEncoder):
 
     @torch.no_grad()
     def set_encoder_to_fixed_norm(self, value: float) -> None:
-        self.W_E.mul_(scale_to(value, self.own_sites(self.encoder_norm(keepdim=True))))
+        self.W_E.mul_(scale_to(value, torch.linalg.vector_norm(self.W_E, dim=1, keepdim=True)))
 
     @torch.no_grad()
     def init_decoder_bias_with_geometric_median(self, batch: Mapping[str, Any]) -> None:

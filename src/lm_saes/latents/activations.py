@@ -135,7 +135,7 @@ class BatchTopK(ActivationFunction):
         valid = s_NF if mask_N is None else torch.where(mask_N[:, None], s_NF, -math.inf)
         self._set_budget(mask_N, len(s_NF))
         pools_PX = self._pools(valid)
-        kept_PX = self.axes.pool.top(pools_PX, self._budget, self._limit) & (pools_PX > 0)
+        kept_PX = self.axes.batch.top(pools_PX, self._budget, self._limit) & (pools_PX > 0)
         self._observe([(s, kept) for s, kept in zip(pools_PX, kept_PX, strict=True)])
         return kept_PX.view(self.n_pools, -1, s_NF.shape[1]).transpose(0, 1).reshape(s_NF.shape)
 
@@ -165,7 +165,7 @@ class BatchTopK(ActivationFunction):
             pools_PX = self._pools(s_BF)
             share = min(pools_PX.shape[1], 2 * self.k * len(s_BF) // self.n_pools)
             own_P = pools_PX.topk(share, sorted=False).values.amin(1).clamp(min=0)
-            self._floor_P = self.axes.pool.smallest(own_P)
+            self._floor_P = self.axes.batch.smallest(own_P)
         return s_BF > self._of_rows(self._floor_P, s_BF)
 
     def _best_places(self, s_BF: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class BatchTopK(ActivationFunction):
         if self.n_pools > 1:
             pool_E = pattern.rows % self.n_pools
             pools = [(pool_E == p).nonzero().squeeze(1) for p in range(self.n_pools)]
-        offered = [self.axes.pool.count(len(s_E[pool])) for pool in pools]
+        offered = [self.axes.batch.count(len(s_E[pool])) for pool in pools]
         short = min(offered) < self._budget
         if short and self._floor_P is not None and bool((self._floor_P > 0).any()):
             self._misses += 1
@@ -193,7 +193,7 @@ class BatchTopK(ActivationFunction):
             raise Missed
         kept_E = torch.zeros_like(s_E, dtype=torch.bool)
         for pool in pools:
-            kept_E[pool] = self.axes.pool.top(s_E[pool][None], self._budget)[0]
+            kept_E[pool] = self.axes.batch.top(s_E[pool][None], self._budget)[0]
         self._observe([(s_E[pool], kept_E[pool]) for pool in pools])
         places = kept_E.nonzero().squeeze(1)
         return places, torch.ones_like(places, dtype=torch.bool)
@@ -208,7 +208,7 @@ class BatchTopK(ActivationFunction):
             chosen_E = torch.stack(self._best_of_pools(s_E, rows_E, ALONE, None)).any(0)
             places = torch.nonzero_static(chosen_E, size=self.n_pools * self._budget, fill_value=0).squeeze(1)
             s_E, rows_E = s_E.index_select(0, places), rows_E.index_select(0, places)
-        kept_PE = [best_E & (s_E > 0) for best_E in self._best_of_pools(s_E, rows_E, self.axes.pool, self._limit)]
+        kept_PE = [best_E & (s_E > 0) for best_E in self._best_of_pools(s_E, rows_E, self.axes.batch, self._limit)]
         self._observe([(s_E, kept_E) for kept_E in kept_PE])
         return places, torch.stack(kept_PE).any(0)
 
@@ -246,7 +246,7 @@ class BatchTopK(ActivationFunction):
     def _observe(self, pools: list[tuple[Tensor, Tensor]]) -> None:
         smallest_P = torch.stack([torch.where(kept, s, math.inf).amin() if s.numel() else s.new_full((), math.inf)
                                   for s, kept in pools]).float()  # fmt: skip
-        smallest_P = self.axes.pool.smallest(smallest_P)
+        smallest_P = self.axes.batch.smallest(smallest_P)
         known_P = self.batch_topk_threshold.view(-1)
         moved_P = torch.where(known_P == 0, smallest_P, self.decay * known_P + (1 - self.decay) * smallest_P)
         known_P.copy_(torch.where(torch.isfinite(smallest_P), moved_P, known_P))

@@ -110,11 +110,11 @@ class Axes:
     """Along which batches are cut."""
     sites: Axis = field(default_factory=Axis)
     """Along which the weights of sites are cut; codes, reconstructions and losses are of all sites in each process."""
-    pool: Axis = field(default_factory=Axis)
+    batch: Axis = field(default_factory=Axis)
     """The processes whose latents and tokens make up one batch's code: those of `latents` and `tokens`."""
     everywhere: Axis = field(default_factory=Axis)
     """All processes."""
 
     def of_whole_batches(self) -> Axes:
         """The axes to use while every process sees the whole batch: initialisation, evaluation."""
-        return replace(self, tokens=ALONE, pool=self.latents)
+        return replace(self, tokens=ALONE, batch=self.latents)

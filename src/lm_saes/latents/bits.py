@@ -8,6 +8,8 @@ Letters: B tokens of a block, F latents, G groups, X columns, M of a group, k or
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,20 @@ def largest(v_BX: Tensor, k: int) -> Tensor:
     remainder.
     """
     return _largest(v_BX.view(torch.int16), k)
+
+
+def above_in_blocks(blocks: Iterable[tuple[int, Tensor, int]]) -> tuple[Tensor, Tensor, int]:
+    """The same of blocks together: each with the number of its first row, and the n that is taken from it."""
+    found, floor = list[tuple[Tensor, Tensor]](), 1
+    for first, v_BF, n in blocks:
+        flat_E, bits_E, least = above(v_BF, n)
+        found.append((flat_E + first * v_BF.shape[1], bits_E))
+        floor = max(floor, least)
+    flat_E, bits_E = (torch.cat(parts) for parts in zip(*found, strict=True))
+    if len(found) == 1:
+        return flat_E, bits_E, floor
+    likely_E = (bits_E >= floor).nonzero().squeeze(1)
+    return flat_E.index_select(0, likely_E), bits_E.index_select(0, likely_E), floor
 
 
 def above(v_BF: Tensor, n: int) -> tuple[Tensor, Tensor, int]:

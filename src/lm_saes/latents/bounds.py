@@ -49,7 +49,7 @@ class Bounds:
         self._x_NP = x_ND.new_empty(len(x_ND), padded, dtype=torch.bfloat16)
         norm_N, lost_N = x_ND.new_empty(2, len(x_ND))
         scratch = x_ND.new_empty(2, ROWS_AT_ONCE, width)
-        for some in _in_turn(len(x_ND)):
+        for some in in_turn(len(x_ND)):
             x_JD = torch.sub(x_ND[some], mean_D, out=scratch[0, : len(x_ND[some])])
             _round(x_JD, self._x_NP[some, :width], norm_N[some], lost_N[some], scratch[1])
         lost_N += 2**-18 * torch.linalg.vector_norm(x_ND, dim=1)  # float32 sums, here and in the values themselves
@@ -57,7 +57,7 @@ class Bounds:
         fill(self._x_NP[:, width:], [ones_N, ones_N, ones_N, lost_N * SLACK, norm_N * SLACK])
         self._W_FP = x_ND.new_empty(n_latents, padded, dtype=torch.bfloat16)
         shift_F, norm_F, lost_F = b_F.new_empty(3, n_latents)
-        for some in _in_turn(n_latents):
+        for some in in_turn(n_latents):
             w_JD = scratch[0, : len(shift_F[some])]
             torch.mul(self.W_FD[some], 1.0 if scale_F is None else scale_F[some, None], out=w_JD)
             torch.mv(w_JD, mean_D, out=shift_F[some])
@@ -67,7 +67,7 @@ class Bounds:
 
     def blocks(self) -> Iterator[slice]:
         """The tokens, in blocks."""
-        return _in_turn(len(self.x_ND), max(1, BLOCK_BYTES // (2 * len(self.W_FD))))
+        return in_turn(len(self.x_ND), max(1, BLOCK_BYTES // (2 * len(self.W_FD))))
 
     def of(self, tokens: slice) -> Tensor:
         """Bounds of some tokens, bfloat16 `[B, F]`: no `s` exceeds its bound by more than the rounding of the bound."""
@@ -87,7 +87,7 @@ def loosened(bound: Tensor) -> Tensor:
     return bound + 2 * UNIT * bound.abs()
 
 
-def _in_turn(n_rows: int, size: int = ROWS_AT_ONCE) -> Iterator[slice]:
+def in_turn(n_rows: int, size: int = ROWS_AT_ONCE) -> Iterator[slice]:
     """Rows, at most so many at a time."""
     return (slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size))
 

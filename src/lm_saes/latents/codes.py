@@ -23,11 +23,11 @@ from torch import Tensor
 
 from lm_saes import waiting
 from lm_saes.latents import kernels
+from lm_saes.latents.axis import ALONE, Axis
 from lm_saes.latents.row_gradients import RowGradients, receiver
 from lm_saes.latents.segments import offsets_of_lengths, offsets_of_rows
 
 if TYPE_CHECKING:
-    from lm_saes.latents.axis import Axis
     from lm_saes.latents.hidden import Hidden
 
 
@@ -88,12 +88,12 @@ class Code(ABC):
         """`f W`: `[N, D]`, with gradients to the values and to `W` (`[F, ...]`, or `[S, F, D]`: each site its own)."""
 
     @abstractmethod
+    def of_sites(self, sites: range, axis: Axis = ALONE) -> Code:
+        """The latents of some neighbouring sites as a code; along the axis, gradients of the others' are added."""
+
     def site(self, site: int) -> Code:
         """The latents of one site as a code of its own, one row per token."""
-
-    @abstractmethod
-    def of_sites(self, sites: range, axis: Axis) -> Code:
-        """The latents of some neighbouring sites as a code; the others' gradients come from the rest of the axis."""
+        return self.of_sites(range(site, site + 1))
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, latents and values of the active entries, ordered by row."""
@@ -261,21 +261,15 @@ class SparseCode(Code):
         rows_FD = self._by_rows(W_FD)
         return _Decode.apply(self.values, rows_FD, self.pattern, receiver(W_FD, rows_FD))  # type: ignore[return-value]
 
-    def site(self, site: int) -> SparseCode:
-        if self.n_sites == 1:
-            return self
-        if waiting.waits_cost(self.rows.device):
-            here = self._places_by_site[site]
-        else:
-            here = (self.rows % self.n_sites == site).nonzero().squeeze(1)
-        lengths = (self.offsets[1:] - self.offsets[:-1])[site :: self.n_sites]
-        pattern = Pattern(self.indices.index_select(0, here), offsets_of_lengths(lengths), self.n_latents)
-        return SparseCode(self.values.index_select(0, here), pattern)
-
-    def of_sites(self, sites: range, axis: Axis) -> SparseCode:
+    def of_sites(self, sites: range, axis: Axis = ALONE) -> SparseCode:
         if len(sites) == self.n_sites:
             return self
-        here = torch.cat(self._places_by_site[sites.start : sites.stop]).sort().values
+        if waiting.waits_cost(self.rows.device):
+            of_each = self._places_by_site[sites.start : sites.stop]
+            here = of_each[0] if len(of_each) == 1 else torch.cat(of_each).sort().values
+        else:
+            sites_E = self.rows % self.n_sites
+            here = ((sites_E >= sites.start) & (sites_E < sites.stop)).nonzero().squeeze(1)
         indices = self.pattern.indices.index_select(0, here) - sites.start * self.n_latents
         lengths = (self.offsets[1:] - self.offsets[:-1]).view(-1, self.n_sites)[:, sites.start : sites.stop]
         pattern = Pattern(indices, offsets_of_lengths(lengths.flatten()), len(sites) * self.n_latents)
@@ -328,10 +322,7 @@ class DenseCode(Code):
         f_NSF = self.values.view(-1, self.n_sites, self.n_latents)
         return torch.einsum("nsf,sfd->nsd", f_NSF, W_FD).reshape(self.n_rows, -1)
 
-    def site(self, site: int) -> DenseCode:
-        return DenseCode(self.values.view(-1, self.n_sites, self.n_latents)[:, site])
-
-    def of_sites(self, sites: range, axis: Axis) -> DenseCode:
+    def of_sites(self, sites: range, axis: Axis = ALONE) -> DenseCode:
         if len(sites) == self.n_sites:
             return self
         f_NSF = axis.enter(self.values).view(-1, self.n_sites, self.n_latents)

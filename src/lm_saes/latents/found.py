@@ -43,7 +43,7 @@ def find_best(
     if isinstance(activation, TopK) and _chooses_like(activation, TopK):
         return _best_of_each_token(x_ND, W_DF, b_F, activation, scale_F)
     if isinstance(activation, BatchTopK) and _chooses_like(activation, BatchTopK) and activation.training:
-        alone = activation.axes.pool.size == 1
+        alone = activation.axes.batch.size == 1
         if alone and (half_pays(x_ND) or screening_pays(x_ND, len(b_F), activation.k)):
             return _best_of_the_batch(x_ND, W_DF, b_F, activation, scale_F, mask_N)
         return None
@@ -123,6 +123,8 @@ def _best_of_the_batch(
     x_ND: Tensor, W_DF: Tensor, b_F: Tensor, activation: BatchTopK, scale_F: Tensor | None, mask_N: Tensor | None
 ) -> Found | None:
     budget = activation.offer(mask_N, len(x_ND))
+    if not budget:
+        return None
     valid_X = None if mask_N is None else mask_N.nonzero().squeeze(1)
     find = batch_in_half if half_pays(x_ND) else batch_products
     best = find(x_ND if valid_X is None else x_ND[valid_X], W_DF, b_F, scale_F, budget)

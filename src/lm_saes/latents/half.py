@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lm_saes.latents.bits import above, largest
-from lm_saes.latents.bounds import BLOCK_BYTES, ROWS_AT_ONCE, WIDTH_OF, fill, in_parts
+from lm_saes.latents.bits import above_in_blocks, largest
+from lm_saes.latents.bounds import BLOCK_BYTES, ROWS_AT_ONCE, WIDTH_OF, fill, in_parts, in_turn
 from lm_saes.latents.products import cpu_computes_in, product, product_dtype
 
 BIAS_PARTS = 3
@@ -51,17 +51,10 @@ def batch_in_half(
     Their rows and columns, by row, `x W` and `s` there, all `[E]`. None if some block of tokens has so many more than
     its share that they were not all taken.
     """
-    found, floor = list[tuple[Tensor, Tensor]](), 1
-    for tokens, s_BF in _products(x_ND, W_DF, b_F, scale_F):
-        n_tokens = tokens.stop - tokens.start
-        share = n if n_tokens == len(x_ND) else int(SHARES * n * n_tokens / len(x_ND))
-        flat_E, bits_E, least = above(s_BF, share)
-        found.append((flat_E + tokens.start * len(b_F), bits_E))
-        floor = max(floor, least)
-    flat_E, bits_E = torch.cat([flat for flat, _ in found]), torch.cat([bits for _, bits in found])
-    if len(found) > 1:
-        likely_E = (bits_E >= floor).nonzero().squeeze(1)
-        flat_E, bits_E = flat_E.index_select(0, likely_E), bits_E.index_select(0, likely_E)
+    flat_E, bits_E, floor = above_in_blocks(
+        (tokens.start, s_BF, n if len(s_BF) == len(x_ND) else int(SHARES * n * len(s_BF) / len(x_ND)))
+        for tokens, s_BF in _products(x_ND, W_DF, b_F, scale_F)
+    )
     if floor > 1 and len(flat_E) < n:
         return None
     rows_E, s_E = flat_E // len(b_F), bits_E.view(torch.bfloat16).float()
@@ -74,9 +67,8 @@ def _products(x_ND: Tensor, W_DF: Tensor, b_F: Tensor, scale_F: Tensor | None) -
     x_NP, W_FP = _with_ones(x_ND), _scaled(W_DF, b_F, scale_F)
     n_rows = max(1, BLOCK_BYTES // (2 * len(b_F)))
     s_BF = x_NP.new_empty(min(len(x_ND), n_rows), len(b_F))
-    for start in range(0, len(x_ND), n_rows):
-        tokens = slice(start, min(start + n_rows, len(x_ND)))
-        yield tokens, product(x_NP[tokens], W_FP.T, out=s_BF[: tokens.stop - start])
+    for tokens in in_turn(len(x_ND), n_rows):
+        yield tokens, product(x_NP[tokens], W_FP.T, out=s_BF[: tokens.stop - tokens.start])
 
 
 def _linear(s: Tensor, columns: Tensor, b_F: Tensor, scale_F: Tensor | None) -> Tensor:

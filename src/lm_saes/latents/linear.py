@@ -81,8 +81,8 @@ class LinearEncoder:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is `x W + b` for a single site, in a type that sums can be made in."""
-        return self.gate_W_DF is None and self.n_sites == 1 and self.b_F.dtype.itemsize >= 4
+        """Whether it is `x W + b` for a single site, all of it here, in a type that sums can be made in."""
+        return self.gate_W_DF is None and self.n_sites == self.shared.size == 1 and self.b_F.dtype.itemsize >= 4
 
     def product(self, x_BD: Tensor, out: Tensor) -> Tensor:
         """`x W` written to `out [B, 1, F]`."""

@@ -1,9 +1,10 @@
 """Gradients of weights as rows: those of the latents that a batch touches, without the zeros of all others.
 
-Matrices carry a `RowGradients`. While a step collects gradients, chosen latents (AuxK) and, for an optimizer that works
-with rows, sparse codes add theirs to it and give autograd nothing for the parameter. Whatever else reaches it (a dense
-batch, decoder norms) arrives in `p.grad` as usual and takes the rows in when all is collected: after it a parameter has
-a `grad`, or rows for an optimizer that works with them. Outside of such a step everything arrives in `p.grad`.
+Matrices carry a `RowGradients`. While a step collects gradients, latents chosen by AuxK (on a CPU) and, for an
+optimizer that works with rows, sparse codes add theirs to it and give autograd nothing for the parameter. Whatever
+else reaches it (a dense batch, decoder norms) arrives in `p.grad` as usual and takes the rows in when all is
+collected: after it a parameter has a `grad`, or rows for an optimizer that works with them. Outside of such a step
+everything arrives in `p.grad`.
 
 Rows are those of the parameter as it lies in memory, cut into as many equal parts as the code numbers latents.
 
@@ -27,8 +28,11 @@ class RowGradients:
     """The rows of one parameter's gradient that are not zero, summed up over the backward passes of a step."""
 
     def __init__(self, dtype: torch.dtype, suffice: bool = True) -> None:
-        self.dtype, self.suffice, self.open = dtype, suffice, False
-        """Whether rows are all that the optimizer needs; whether rows are taken now."""
+        self.dtype = dtype
+        self.suffice = suffice
+        """Whether the optimizer needs nothing but rows."""
+        self.open = False
+        """Whether rows are taken now."""
         self.clear()
 
     @staticmethod

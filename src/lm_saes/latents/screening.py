@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lm_saes import waiting
 from lm_saes.latents import kernels
-from lm_saes.latents.bits import above, largest
+from lm_saes.latents.bits import above_in_blocks, largest
 from lm_saes.latents.bounds import Bounds, loosened
 from lm_saes.latents.products import cpu_computes_in, product, product_dtype, rows_at_once
 
@@ -41,7 +41,7 @@ def screening_pays(x_ND: Tensor, n_latents: int, k: int) -> bool:
     return (
         x_ND.device.type == "cpu"
         and not waiting.waits_cost(x_ND.device)
-        and x_ND.dtype == torch.float32
+        and product_dtype(x_ND) == x_ND.dtype == torch.float32
         and len(x_ND) >= FEWEST_TOKENS
         and len(x_ND) * x_ND.shape[1] * n_latents >= LARGE
         and 16 * k <= n_latents
@@ -132,13 +132,11 @@ def batch_products(
     Their rows and columns, by row, `x W` and `s` there, all `[E]`. None if this cannot be shown. Everything float32,
     on a CPU.
     """
-    bounds, found, floor = Bounds(x_ND, W_DF, b_F, scale_F), list[tuple[Tensor, Tensor]](), 1
-    for tokens in bounds.blocks():
-        share = BATCH_CANDIDATES * n * (tokens.stop - tokens.start) // len(x_ND)
-        flat_E, bits_E, least = above(bounds.of(tokens), int(share))
-        found.append((flat_E + tokens.start * len(b_F), bits_E))
-        floor = max(floor, least)
-    flat_E = torch.cat([flat_E[bits_E >= floor] for flat_E, bits_E in found])
+    bounds = Bounds(x_ND, W_DF, b_F, scale_F)
+    flat_E, _, floor = above_in_blocks(
+        (tokens.start, bounds.of(tokens), int(BATCH_CANDIDATES * n * (tokens.stop - tokens.start) / len(x_ND)))
+        for tokens in bounds.blocks()
+    )
     rows_E, columns_E = flat_E // len(b_F), flat_E % len(b_F)
     products_E, s_E = bounds.exact(slice(0, len(x_ND)), rows_E, columns_E)
     least = s_E.topk(n, sorted=False).values.amin() if len(s_E) >= n else s_E.new_zeros(())

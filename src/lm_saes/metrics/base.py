@@ -84,7 +84,7 @@ class Metric(ABC):
         """The axis over which the processes' values of a total add up to the whole."""
         axes = self.dictionary.axes
         if name in self.of_latents:
-            return axes.pool if self.of_tokens else axes.latents
+            return axes.batch if self.of_tokens else axes.latents
         return axes.tokens if self.of_tokens else ALONE
 
     def end_window(self) -> None:

@@ -68,7 +68,7 @@ def axes_of(mesh: DeviceMesh) -> Axes:
         return made[cut]
 
     return Axes(
-        latents=along(MODEL), tokens=along(DATA), sites=along(HEAD), pool=along(DATA, MODEL),
+        latents=along(MODEL), tokens=along(DATA), sites=along(HEAD), batch=along(DATA, MODEL),
         everywhere=along(DATA, HEAD, MODEL),
     )  # fmt: skip
 

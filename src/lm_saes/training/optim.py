@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -162,15 +163,12 @@ def _norm(dictionary: AbstractSparseAutoEncoder, thresholds: bool) -> Tensor:
     gradients, axes = _gradients(dictionary, thresholds), dictionary.axes
     if axes.latents.size == axes.sites.size == 1:
         return torch.nn.utils.get_total_norm(gradients.values())
-    maps = dictionary.dim_maps()
-
-    def square(*along: str) -> Tensor:
-        """Of the gradients that are cut along these axes of the mesh, and no other."""
-        some = [g for name, g in gradients.items() if {"model", "head"} & maps[name].keys() == set(along)]
-        return torch.nn.utils.get_total_norm(some).square()
-
-    of_latents, of_both = axes.latents.total(torch.stack([square("model"), square("model", "head")]))
-    return (square() + of_latents + axes.sites.total(square("head") + of_both)).sqrt()
+    maps, sizes = dictionary.dim_maps(), {"model": axes.latents.size, "head": axes.sites.size}
+    square = next(dictionary.parameters()).new_zeros(())
+    for name, gradient in gradients.items():
+        copies = math.prod(size for along, size in sizes.items() if along not in maps[name])
+        square = square + torch.linalg.vector_norm(gradient).square() / copies
+    return axes.sites.total(axes.latents.total(square)).sqrt()
 
 
 def clip_gradients(dictionary: nn.Module, norm: Tensor, largest: float) -> Tensor:

@@ -147,3 +147,13 @@ def test_a_screened_encoder_is_the_plain_one(
     assert torch.equal(one.dense() > 0, other.dense() > 0)
     torch.testing.assert_close(one.dense(), other.dense(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-2)
+
+
+def test_a_batch_of_which_no_token_counts_has_no_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screening, "LARGE", 0)
+    monkeypatch.setattr(screening, "FEWEST_TOKENS", 0)
+    monkeypatch.setattr(screening, "cpu_computes_in", lambda dtype: True)
+    x_ND, W_FD, b_F = problem("plain")
+    nothing_N = torch.zeros(len(x_ND), dtype=torch.bool)
+    code = encode(x_ND, LinearEncoder(W_FD.T, b_F), activation("batchtopk", len(b_F), top_k=16), None, nothing_N)
+    assert not code.dense().any()

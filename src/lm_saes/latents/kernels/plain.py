@@ -11,7 +11,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 GROUPS_OF = 16
-"""Columns of one group in the first stage of every selection of the largest."""
+"""Columns of one group in the first stage of a selection of the largest."""
 CACHED_BYTES = 1 << 20
 """Size, for each thread, of what several passes follow each other on: half of a core's second-level cache."""
 OFTEN = 16
