@@ -73,10 +73,10 @@ class Bounds:
         """Bounds of some tokens, bfloat16 `[B, F]`: no `s` exceeds its bound by more than the rounding of the bound."""
         return torch.mm(self._x_NP[tokens], self._W_FP.T)
 
-    def exact(self, tokens: slice, rows_E: Tensor, columns_E: Tensor) -> tuple[Tensor, Tensor]:
-        """`x W` and `s` at some entries, by row, in float32."""
-        offsets = offsets_of_rows(rows_E, len(self.x_ND[tokens]))
-        products_E = kernels.row_dot(self.x_ND[tokens], self.W_FD, rows_E.int(), columns_E.int(), offsets)
+    def exact(self, x_BD: Tensor, rows_E: Tensor, columns_E: Tensor) -> tuple[Tensor, Tensor]:
+        """`x W` and `s` of some inputs at some entries, by row, in float32."""
+        offsets = offsets_of_rows(rows_E, len(x_BD))
+        products_E = kernels.row_dot(x_BD, self.W_FD, rows_E.int(), columns_E.int(), offsets)
         s_E = products_E + self.b_F.index_select(0, columns_E)
         return products_E, s_E if self.scale_F is None else s_E.mul_(self.scale_F.index_select(0, columns_E))
 

@@ -67,7 +67,7 @@ class _Encode(torch.autograd.Function):
         h_FN = None if low_F is None else torch.empty_like(f_FN)
         counts_F, totals_F, valid_N = torch.empty_like(b_F), torch.empty_like(b_F), weights(mask_N, len(x_ND), b_F)
         scratch = Scratch(b_F)
-        for some, h_JN in pre_activations(x_ND, W_DF, b_F, out_FN=h_FN):
+        for some, h_JN in pre_activations(x_ND, W_DF, b_F, out_FN=f_FN if h_FN is None else h_FN):
             active_JN = torch.gt(h_JN, above_F[some, None], out=scratch.block(*h_JN.shape))
             torch.mv(active_JN, valid_N, out=counts_F[some])
             torch.mv(torch.mul(h_JN, active_JN, out=f_FN[some]), valid_N, out=totals_F[some])
@@ -92,7 +92,7 @@ class _Encode(torch.autograd.Function):
                 h_JN, low_J1, high_J1 = h_FN[some], low_F[some, None], high_F[some, None]
                 within_JN = torch.gt(h_JN, low_J1, out=one_JN).mul_(torch.lt(h_JN, high_J1, out=other_JN))
                 torch.mv(within_JN.mul_(g_JN), ones_N, out=window_F[some])
-            g_JN.mul_(torch.sign(f_FN[some], out=one_JN))
+            torch.ops.aten.threshold_backward.grad_input(g_JN, f_FN[some], 0, grad_input=g_JN)  # 0 where inactive
             sums.add(some, gather(g_JN, some, dh_NF, hidden_recipes, fresh=False))
         dtheta = threshold_gradient(window_F[None], log_theta, scale_F, ctx.window) if windowed else None
         return sums.dx_ND, sums.dW_FD.T, sums.db_F, dtheta, *[None] * 5

@@ -2,8 +2,8 @@
 
 A bfloat16 product bounds every pre-activation from above; the entries with the largest bounds are computed again in
 float32, and the k best of these are the k best of all if the worst of them reaches the bound of everything left out.
-Rows for which this cannot be shown are looked at in float32 as a whole. What is selected, and its values, are those of
-float32 arithmetic: only the search is done in less.
+Rows for which this cannot be shown are looked at with more candidates, and if need be in float32 as a whole. What is
+selected, and its values, are those of float32 arithmetic: only the search is done in less.
 
 Letters: N tokens, B tokens of a block, D width, F latents, E entries, C candidates of a token, k of them kept.
 """
@@ -58,13 +58,16 @@ def top_products(
     """
     bounds, found, n_candidates = Bounds(x_ND, W_DF, b_F, scale_F), list[_Screened](), 0
     for tokens in bounds.blocks():
-        bounds_BF = bounds.of(tokens)
+        x_BD, bounds_BF = x_ND[tokens], bounds.of(tokens)
         if not found:
-            tried = slice(0, min(PROBE_ROWS, tokens.stop))
-            n_candidates = _enough(bounds, tried, bounds_BF[tried], k)
+            n_candidates = _enough(bounds, x_BD[:PROBE_ROWS], bounds_BF[:PROBE_ROWS], k)
             if n_candidates is None:
                 return None
-        found.append(_top(bounds, tokens, bounds_BF, k, n_candidates))
+        found.append(_top(bounds, x_BD, bounds_BF, k, n_candidates))
+        rest_X = (~found[-1].proven_B).nonzero().squeeze(1)
+        if len(rest_X):
+            most = min(int(CANDIDATES[-1] * k), len(b_F))
+            found[-1].put(rest_X, _top(bounds, x_BD[rest_X], bounds_BF[rest_X], k, most))
     columns_Nk, products_Nk = torch.cat([f.columns_Bk for f in found]), torch.cat([f.products_Bk for f in found])
     rest_X = torch.cat([~f.proven_B for f in found]).nonzero().squeeze(1)
     if len(rest_X):
@@ -101,22 +104,28 @@ class _Screened:
     proven_B: Tensor
     """Whether nothing else can be among the positive ones of the k largest."""
 
+    def put(self, rows_X: Tensor, better: _Screened) -> None:
+        """Take what was found for some rows from another look at them."""
+        self.columns_Bk[rows_X] = better.columns_Bk
+        self.products_Bk[rows_X] = better.products_Bk
+        self.proven_B[rows_X] = better.proven_B
 
-def _enough(bounds: Bounds, tokens: slice, bounds_BF: Tensor, k: int) -> int | None:
+
+def _enough(bounds: Bounds, x_BD: Tensor, bounds_BF: Tensor, k: int) -> int | None:
     """How many candidates are enough for nearly all of these tokens; None: not even the most that are tried."""
     for excess in CANDIDATES:
         n_candidates = min(int(excess * k), bounds_BF.shape[1])
-        if float(_top(bounds, tokens, bounds_BF, k, n_candidates).proven_B.float().mean()) >= 1 - WORTH_WHILE:
+        if float(_top(bounds, x_BD, bounds_BF, k, n_candidates).proven_B.float().mean()) >= 1 - WORTH_WHILE:
             return n_candidates
     return None
 
 
-def _top(bounds: Bounds, tokens: slice, bounds_BF: Tensor, k: int, n_candidates: int) -> _Screened:
+def _top(bounds: Bounds, x_BD: Tensor, bounds_BF: Tensor, k: int, n_candidates: int) -> _Screened:
     """The k largest `s` of each token, of so many candidates."""
     columns_BC = largest(bounds_BF, n_candidates)
     outside_B = bounds_BF.gather(1, columns_BC).amin(1).clamp(min=0)
     rows_E = torch.arange(len(columns_BC)).repeat_interleave(columns_BC.shape[1])
-    products_E, s_E = bounds.exact(tokens, rows_E, columns_BC.view(-1))
+    products_E, s_E = bounds.exact(x_BD, rows_E, columns_BC.view(-1))
     best = s_E.view_as(columns_BC).topk(k, dim=1, sorted=False)
     proven_B = best.values.amin(1).clamp(min=0) >= loosened(outside_B)
     return _Screened(
@@ -138,7 +147,7 @@ def batch_products(
         for tokens in bounds.blocks()
     )
     rows_E, columns_E = flat_E // len(b_F), flat_E % len(b_F)
-    products_E, s_E = bounds.exact(slice(0, len(x_ND)), rows_E, columns_E)
+    products_E, s_E = bounds.exact(x_ND, rows_E, columns_E)
     least = s_E.topk(n, sorted=False).values.amin() if len(s_E) >= n else s_E.new_zeros(())
     outside = torch.tensor(floor, dtype=torch.int16).view(torch.bfloat16) if floor > 1 else x_ND.new_zeros(())
     if not bool(least.clamp(min=0) >= loosened(outside)):
