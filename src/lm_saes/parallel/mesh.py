@@ -79,5 +79,6 @@ def _group(mesh: DeviceMesh, along: frozenset[str]) -> dist.ProcessGroup:
     if len(along) == 1:
         return mesh.get_group(*along)
     within, across = ([i for i, name in enumerate(names) if (name in along) == inside] for inside in (True, False))
-    ranks = mesh.mesh.permute(*across, *within).reshape(-1, math.prod(mesh.shape[i] for i in within))
-    return dist.new_subgroups_by_enumeration(ranks.tolist())[0]  # type: ignore[return-value]
+    groups = mesh.mesh.permute(*across, *within).reshape(-1, math.prod(mesh.shape[i] for i in within)).tolist()
+    own = next(ranks for ranks in groups if dist.get_rank() in ranks)
+    return dist.new_group(own, use_local_synchronization=True)  # type: ignore[return-value]
