@@ -22,11 +22,13 @@ from lm_saes.data.text import DatasetConfig, TextDataset, load_dataset
 from lm_saes.data.writer import ActivationWriter
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
+from lm_saes.dictionaries.files import weight_files
 from lm_saes.errors import CheckpointError
 from lm_saes.evaluation.evaluator import EvalConfig, Evaluation, Evaluator, numbers, write_evaluation
 from lm_saes.files import check_writable, made, write_json
 from lm_saes.initializer import Initializer
 from lm_saes.latents.axis import Axes
+from lm_saes.manifest import listed
 from lm_saes.memory import keep_freed_memory
 from lm_saes.parallel.launch import alone, joined, n_started, note_begun, was_begun
 from lm_saes.parallel.mesh import DeviceMesh, axes_of
@@ -166,7 +168,8 @@ def _train_on(settings: TrainSettings, mesh: DeviceMesh | None, axes: Axes) -> A
     if is_first:
         if evaluation:
             write_evaluation(run, result)
-        sae.save_provenance(run)
+        saved = listed(run)
+        sae.save_provenance(run, {name: saved[name] for name in weight_files(run) if name in saved})
         write_report(run)
     return sae
 
