@@ -26,20 +26,6 @@ def largest(v_BX: Tensor, k: int) -> Tensor:
     return _largest(v_BX.view(torch.int16), k)
 
 
-def above_in_blocks(blocks: Iterable[tuple[int, Tensor, int]]) -> tuple[Tensor, Tensor, int]:
-    """The same of blocks together: each with the number of its first row, and the n that is taken from it."""
-    found, floor = list[tuple[Tensor, Tensor]](), 1
-    for first, v_BF, n in blocks:
-        flat_E, bits_E, least = above(v_BF, n)
-        found.append((flat_E + first * v_BF.shape[1], bits_E))
-        floor = max(floor, least)
-    flat_E, bits_E = (torch.cat(parts) for parts in zip(*found, strict=True))
-    if len(found) == 1:
-        return flat_E, bits_E, floor
-    likely_E = (bits_E >= floor).nonzero().squeeze(1)
-    return flat_E.index_select(0, likely_E), bits_E.index_select(0, likely_E), floor
-
-
 def above(v_BF: Tensor, n: int) -> tuple[Tensor, Tensor, int]:
     """At least the n largest positive entries of a block (places in the flattened block, by row; bits), and the least
     bits of which all are among them (1: all that are positive)."""
@@ -55,6 +41,20 @@ def above(v_BF: Tensor, n: int) -> tuple[Tensor, Tensor, int]:
     bits_XM = bits_BF.view(-1).index_select(0, flat_XM)
     chosen = (bits_XM >= least).nonzero().squeeze(1)
     return flat_XM.index_select(0, chosen), bits_XM.index_select(0, chosen), least
+
+
+def above_in_blocks(blocks: Iterable[tuple[int, Tensor, int]]) -> tuple[Tensor, Tensor, int]:
+    """The same of blocks together: each with the number of its first row, and the n that is taken from it."""
+    found, floor = list[tuple[Tensor, Tensor]](), 1
+    for first, v_BF, n in blocks:
+        flat_E, bits_E, least = above(v_BF, n)
+        found.append((flat_E + first * v_BF.shape[1], bits_E))
+        floor = max(floor, least)
+    flat_E, bits_E = (torch.cat(parts) for parts in zip(*found, strict=True))
+    if len(found) == 1:
+        return flat_E, bits_E, floor
+    likely_E = (bits_E >= floor).nonzero().squeeze(1)
+    return flat_E.index_select(0, likely_E), bits_E.index_select(0, likely_E), floor
 
 
 def _largest(v_BX: Tensor, k: int) -> Tensor:
