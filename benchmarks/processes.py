@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from itertools import cycle
 
 import torch
@@ -25,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lm_saes import Initializer, InitializerConfig, SAEConfig, TrainerConfig
 from lm_saes.data.batch import Batch
-from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
+from lm_saes.latents.axis import Axes
 from lm_saes.parallel.launch import join
 from lm_saes.parallel.mesh import axes_of, start
 from lm_saes.parallel.share import share
@@ -43,26 +44,27 @@ def work(arguments: argparse.Namespace, data: int, model: int) -> None:
         join()
         mesh = start(data, model)
     torch.set_num_threads(arguments.threads)
-    tokens = None if mesh is None else axes_of(mesh).tokens
+    axes = Axes() if mesh is None else axes_of(mesh)
+    traffic = [getattr(axis, "traffic", Counter()) for axis in (axes.latents, axes.tokens)]
     batches = [
-        share({HOOK: x, "tokens": torch.zeros(len(x), dtype=torch.int64)}, tokens.place if tokens else 0, data)
+        share({HOOK: x, "tokens": torch.zeros(len(x), dtype=torch.int64)}, axes.tokens.place, data)
         for x in activations(2, arguments.tokens, arguments.width)
     ]
     return_freed_memory()
     train(arguments, mesh, 64 * model, batches)  # loads what steps need of libraries
+    for handed in traffic:
+        handed.clear()
     before = watch_memory() or 0
-    sae, times = train(arguments, mesh, arguments.latents, batches)
-    traffic = 0 if mesh is None else sum(sum(getattr(a, "traffic", {}).values()) for a in (sae.axes.latents, tokens))
-    place = sae.axes.everywhere.place
-    print(json.dumps({"place": place, "bytes": peak_memory() - before, "seconds": statistics.median(times[1:]),
-                      "traffic": traffic / STEPS}), flush=True)  # fmt: skip
+    times = train(arguments, mesh, arguments.latents, batches)
+    print(json.dumps({
+        "place": axes.everywhere.place, "bytes": peak_memory() - before, "seconds": statistics.median(times[1:]),
+        "traffic": sum(handed.total() for handed in traffic) / STEPS,
+    }), flush=True)  # fmt: skip
     os._exit(0)
 
 
-def train(
-    arguments: argparse.Namespace, mesh: DeviceMesh | None, d_sae: int, batches: list[Batch]
-) -> tuple[AbstractSparseAutoEncoder, list[float]]:
-    """Build (a part of) a dictionary and train it for a few steps, which took so long each."""
+def train(arguments: argparse.Namespace, mesh: DeviceMesh | None, d_sae: int, batches: list[Batch]) -> list[float]:
+    """Build (a part of) a dictionary and train it for a few steps; how long each took."""
     cfg = SAEConfig(
         hook_point_in=HOOK, hook_point_out=HOOK, d_model=arguments.width, act_fn="topk", top_k=32,
         expansion_factor=d_sae / arguments.width, norm_activation="token-wise",
@@ -74,7 +76,7 @@ def train(
         began = time.perf_counter()
         update(run, trainer, step, [batch])
         times.append(time.perf_counter() - began)
-    return sae, times
+    return times
 
 
 def main() -> None:
