@@ -64,13 +64,12 @@ class LinearEncoder:
 
     def rows(self, latents: Tensor) -> LinearEncoder:
         """The encoder of some latents alone."""
-        W_of = self.W_DF if self.W_of is None else self.W_of
-        owners = zip(self.parameters(), (W_of, self.b_F, self.gate_W_DF, self.gate_b_F), strict=True)
-        chosen = [
-            None if p is None or owner is None else chosen_rows(owner, p.movedim(-1, 0), latents).movedim(0, -1)
-            for p, owner in owners
-        ]
-        return LinearEncoder(*chosen, shared=self.shared)  # type: ignore[arg-type]
+
+        def some(p: Tensor, of: Tensor | None = None) -> Tensor:
+            return chosen_rows(p if of is None else of, p.movedim(-1, 0), latents).movedim(0, -1)
+
+        gate, gate_b = (None if p is None else some(p) for p in (self.gate_W_DF, self.gate_b_F))
+        return LinearEncoder(some(self.W_DF, self.W_of), some(self.b_F), gate, gate_b, shared=self.shared)
 
     def parameters(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         return self.W_DF, self.b_F, self.gate_W_DF, self.gate_b_F

@@ -60,14 +60,14 @@ def top_products(
     for tokens in bounds.blocks():
         x_BD, bounds_BF = x_ND[tokens], bounds.of(tokens)
         if not found:
-            n_candidates = _enough(bounds, x_BD[:PROBE_ROWS], bounds_BF[:PROBE_ROWS], k)
-            if n_candidates is None:
+            enough = _enough(bounds, x_BD[:PROBE_ROWS], bounds_BF[:PROBE_ROWS], k)
+            if enough is None:
                 return None
-        found.append(_top(bounds, x_BD, bounds_BF, k, n_candidates))
-        rest_X = (~found[-1].proven_B).nonzero().squeeze(1)
-        if len(rest_X):
-            most = min(int(CANDIDATES[-1] * k), len(b_F))
-            found[-1].put(rest_X, _top(bounds, x_BD[rest_X], bounds_BF[rest_X], k, most))
+            n_candidates, tried = enough
+            found.append(_look_again(tried, bounds, x_BD[:PROBE_ROWS], bounds_BF[:PROBE_ROWS], k))
+            x_BD, bounds_BF = x_BD[PROBE_ROWS:], bounds_BF[PROBE_ROWS:]
+        if len(x_BD):
+            found.append(_look_again(_top(bounds, x_BD, bounds_BF, k, n_candidates), bounds, x_BD, bounds_BF, k))
     columns_Nk, products_Nk = torch.cat([f.columns_Bk for f in found]), torch.cat([f.products_Bk for f in found])
     rest_X = torch.cat([~f.proven_B for f in found]).nonzero().squeeze(1)
     if len(rest_X):
@@ -104,20 +104,26 @@ class _Screened:
     proven_B: Tensor
     """Whether nothing else can be among the positive ones of the k largest."""
 
-    def put(self, rows_X: Tensor, better: _Screened) -> None:
-        """Take what was found for some rows from another look at them."""
-        self.columns_Bk[rows_X] = better.columns_Bk
-        self.products_Bk[rows_X] = better.products_Bk
-        self.proven_B[rows_X] = better.proven_B
 
-
-def _enough(bounds: Bounds, x_BD: Tensor, bounds_BF: Tensor, k: int) -> int | None:
-    """How many candidates are enough for nearly all of these tokens; None: not even the most that are tried."""
+def _enough(bounds: Bounds, x_BD: Tensor, bounds_BF: Tensor, k: int) -> tuple[int, _Screened] | None:
+    """How many candidates are enough for nearly all of these tokens, and what they find; None: not even the most."""
     for excess in CANDIDATES:
         n_candidates = min(int(excess * k), bounds_BF.shape[1])
-        if float(_top(bounds, x_BD, bounds_BF, k, n_candidates).proven_B.float().mean()) >= 1 - WORTH_WHILE:
-            return n_candidates
+        found = _top(bounds, x_BD, bounds_BF, k, n_candidates)
+        if float(found.proven_B.float().mean()) >= 1 - WORTH_WHILE:
+            return n_candidates, found
     return None
+
+
+def _look_again(found: _Screened, bounds: Bounds, x_BD: Tensor, bounds_BF: Tensor, k: int) -> _Screened:
+    """What was found, with the most candidates where it is not proven."""
+    rest_X = (~found.proven_B).nonzero().squeeze(1)
+    if len(rest_X):
+        most = min(int(CANDIDATES[-1] * k), bounds_BF.shape[1])
+        better = _top(bounds, x_BD[rest_X], bounds_BF[rest_X], k, most)
+        found.columns_Bk[rest_X], found.products_Bk[rest_X] = better.columns_Bk, better.products_Bk
+        found.proven_B[rest_X] = better.proven_B
+    return found
 
 
 def _top(bounds: Bounds, x_BD: Tensor, bounds_BF: Tensor, k: int, n_candidates: int) -> _Screened:

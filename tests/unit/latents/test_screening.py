@@ -116,6 +116,17 @@ def test_bounds_hold_where_rounding_does_its_worst(rounded: str) -> None:
     assert float((bounds_NF - x_ND.double() @ W_FD.double().T).min()) >= 0
 
 
+@pytest.mark.parametrize("size", [100, 128, 129, 300])  # blocks smaller than what is tried first, as large, larger
+def test_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(screening, "WORTH_WHILE", 1.0)
+    monkeypatch.setattr(bounds, "BLOCK_BYTES", 2 * 1040 * size)
+    x_ND, W_FD, b_F = problem("outlier")
+    found = top_products(x_ND, W_FD.T, b_F, None, k=16)
+    assert found is not None
+    want = wanted(x_ND, W_FD, b_F, None, 16)
+    assert torch.equal(torch.zeros_like(want).scatter_(1, found[0], found[1] + b_F[found[0]] > 0), want)
+
+
 def test_rows_that_bounds_cannot_settle_are_counted_and_the_search_given_up() -> None:
     x_ND, W_FD, b_F = problem("twins")
     W_FD[:] = W_FD[0] * (1 + 1e-4 * torch.randn(len(W_FD), 1))
