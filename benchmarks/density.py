@@ -3,7 +3,7 @@
     python benchmarks/density.py
     python benchmarks/density.py --quick     a smoke test at small size
 
-`lm_saes.latents.density.SPARSE_BELOW` is set by what this prints.
+`lm_saes.latents.selection.density.SPARSE_BELOW` is set by what this prints.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from lm_saes import SAEConfig
 from lm_saes.config import build
 from lm_saes.latents.activations import ReLU
-from lm_saes.latents.linear import LinearEncoder, encode
-from lm_saes.memory import keep_freed_memory
+from lm_saes.latents.encode.linear import LinearEncoder, encode
+from lm_saes.machine import keep_freed_memory
 
 
 def seconds(x: torch.Tensor, encoder: LinearEncoder, W_FD: torch.Tensor, activation: ReLU, dense: bool) -> float:

@@ -22,12 +22,12 @@ import torch
 from lm_saes import ActivationFactory, Initializer, InitializerConfig, Trainer
 from lm_saes.config import build, read_document
 from lm_saes.data.batch import Batch
-from lm_saes.data.language_model import LanguageModel, load_language_model
 from lm_saes.data.text import load_dataset
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
-from lm_saes.memory import keep_freed_memory
-from lm_saes.runners import train_settings_class
-from lm_saes.settings import TrainSettings, held_out
+from lm_saes.machine import keep_freed_memory
+from lm_saes.models.base import LanguageModel, load_language_model
+from lm_saes.runs.runners import train_settings_class
+from lm_saes.runs.settings import TrainSettings, held_out
 
 EXAMPLES = {"sae": "sae-topk"}
 N_TOKENS = 512

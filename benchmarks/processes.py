@@ -25,11 +25,11 @@ from timing import activations, peak_memory, return_freed_memory, watch_memory
 from torch.distributed.device_mesh import DeviceMesh
 
 from lm_saes import Initializer, InitializerConfig, SAEConfig, TrainerConfig
+from lm_saes.axes.axis import Axes
 from lm_saes.data.batch import Batch
-from lm_saes.latents.axis import Axes
+from lm_saes.data.share import share
 from lm_saes.parallel.launch import join
 from lm_saes.parallel.mesh import axes_of, start
-from lm_saes.parallel.share import share
 from lm_saes.training.run import Run
 from lm_saes.training.update import update
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lm_saes import Initializer, InitializerConfig, SAEConfig, Trainer, TrainerConfig
 from lm_saes.config import build
-from lm_saes.memory import keep_freed_memory
+from lm_saes.machine import keep_freed_memory
 
 HOOK = "activations"
 HELD_OUT = 1_000_000

@@ -7,7 +7,7 @@ from peer import Setting, speed
 from step import train
 from timing import Clock
 
-from lm_saes.memory import keep_freed_memory
+from lm_saes.machine import keep_freed_memory
 
 
 def run(setting: Setting, clock: Clock) -> None:

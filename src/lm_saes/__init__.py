@@ -14,13 +14,8 @@ if TYPE_CHECKING:
     from lm_saes.data.factory_config import ActivationFactoryDatasetSource as ActivationFactoryDatasetSource
     from lm_saes.data.factory_config import ActivationFactoryTarget as ActivationFactoryTarget
     from lm_saes.data.factory_config import BufferShuffleConfig as BufferShuffleConfig
-    from lm_saes.data.huggingface import HuggingFaceLanguageModel as HuggingFaceLanguageModel
-    from lm_saes.data.language_model import LanguageModel as LanguageModel
-    from lm_saes.data.language_model import LanguageModelConfig as LanguageModelConfig
-    from lm_saes.data.language_model import load_language_model as load_language_model
     from lm_saes.data.text import DatasetConfig as DatasetConfig
     from lm_saes.data.text import load_dataset as load_dataset
-    from lm_saes.data.transformer_lens import TransformerLensLanguageModel as TransformerLensLanguageModel
     from lm_saes.data.writer import ActivationWriter as ActivationWriter
     from lm_saes.data.writer import ActivationWriterConfig as ActivationWriterConfig
     from lm_saes.dictionaries.base import AbstractSparseAutoEncoder as AbstractSparseAutoEncoder
@@ -39,20 +34,25 @@ if TYPE_CHECKING:
     from lm_saes.evaluation.evaluator import Evaluator as Evaluator
     from lm_saes.initializer import Initializer as Initializer
     from lm_saes.initializer import InitializerConfig as InitializerConfig
-    from lm_saes.runners import EvaluateSAESettings as EvaluateSAESettings
-    from lm_saes.runners import GenerateActivationsSettings as GenerateActivationsSettings
-    from lm_saes.runners import TrainCLTSettings as TrainCLTSettings
-    from lm_saes.runners import TrainCrossCoderSettings as TrainCrossCoderSettings
-    from lm_saes.runners import TrainLorsaSettings as TrainLorsaSettings
-    from lm_saes.runners import TrainMOLTSettings as TrainMOLTSettings
-    from lm_saes.runners import TrainSAESettings as TrainSAESettings
-    from lm_saes.runners import evaluate_sae as evaluate_sae
-    from lm_saes.runners import generate_activations as generate_activations
-    from lm_saes.runners import train_clt as train_clt
-    from lm_saes.runners import train_crosscoder as train_crosscoder
-    from lm_saes.runners import train_lorsa as train_lorsa
-    from lm_saes.runners import train_molt as train_molt
-    from lm_saes.runners import train_sae as train_sae
+    from lm_saes.models.base import LanguageModel as LanguageModel
+    from lm_saes.models.base import LanguageModelConfig as LanguageModelConfig
+    from lm_saes.models.base import load_language_model as load_language_model
+    from lm_saes.models.huggingface import HuggingFaceLanguageModel as HuggingFaceLanguageModel
+    from lm_saes.models.transformer_lens import TransformerLensLanguageModel as TransformerLensLanguageModel
+    from lm_saes.runs.runners import EvaluateSAESettings as EvaluateSAESettings
+    from lm_saes.runs.runners import GenerateActivationsSettings as GenerateActivationsSettings
+    from lm_saes.runs.runners import TrainCLTSettings as TrainCLTSettings
+    from lm_saes.runs.runners import TrainCrossCoderSettings as TrainCrossCoderSettings
+    from lm_saes.runs.runners import TrainLorsaSettings as TrainLorsaSettings
+    from lm_saes.runs.runners import TrainMOLTSettings as TrainMOLTSettings
+    from lm_saes.runs.runners import TrainSAESettings as TrainSAESettings
+    from lm_saes.runs.runners import evaluate_sae as evaluate_sae
+    from lm_saes.runs.runners import generate_activations as generate_activations
+    from lm_saes.runs.runners import train_clt as train_clt
+    from lm_saes.runs.runners import train_crosscoder as train_crosscoder
+    from lm_saes.runs.runners import train_lorsa as train_lorsa
+    from lm_saes.runs.runners import train_molt as train_molt
+    from lm_saes.runs.runners import train_sae as train_sae
     from lm_saes.trainer import Trainer as Trainer
     from lm_saes.training.config import TrainerConfig as TrainerConfig
     from lm_saes.training.loggers.wandb import WandbConfig as WandbConfig
@@ -74,38 +74,38 @@ _MODULE_OF = {
     "CrossLayerTranscoder": "lm_saes.dictionaries.clt",
     "DatasetConfig": "lm_saes.data.text",
     "EvalConfig": "lm_saes.evaluation.evaluator",
-    "EvaluateSAESettings": "lm_saes.runners",
+    "EvaluateSAESettings": "lm_saes.runs.runners",
     "Evaluator": "lm_saes.evaluation.evaluator",
-    "GenerateActivationsSettings": "lm_saes.runners",
-    "HuggingFaceLanguageModel": "lm_saes.data.huggingface",
+    "GenerateActivationsSettings": "lm_saes.runs.runners",
+    "HuggingFaceLanguageModel": "lm_saes.models.huggingface",
     "Initializer": "lm_saes.initializer",
     "InitializerConfig": "lm_saes.initializer",
-    "LanguageModel": "lm_saes.data.language_model",
-    "LanguageModelConfig": "lm_saes.data.language_model",
+    "LanguageModel": "lm_saes.models.base",
+    "LanguageModelConfig": "lm_saes.models.base",
     "LorsaConfig": "lm_saes.dictionaries.lorsa_config",
     "LowRankSparseAttention": "lm_saes.dictionaries.lorsa",
     "MOLTConfig": "lm_saes.dictionaries.molt",
     "MixtureOfLinearTransform": "lm_saes.dictionaries.molt",
     "SAEConfig": "lm_saes.dictionaries.sae",
     "SparseAutoEncoder": "lm_saes.dictionaries.sae",
-    "TrainCLTSettings": "lm_saes.runners",
-    "TrainCrossCoderSettings": "lm_saes.runners",
-    "TrainLorsaSettings": "lm_saes.runners",
-    "TrainMOLTSettings": "lm_saes.runners",
-    "TrainSAESettings": "lm_saes.runners",
+    "TrainCLTSettings": "lm_saes.runs.runners",
+    "TrainCrossCoderSettings": "lm_saes.runs.runners",
+    "TrainLorsaSettings": "lm_saes.runs.runners",
+    "TrainMOLTSettings": "lm_saes.runs.runners",
+    "TrainSAESettings": "lm_saes.runs.runners",
     "Trainer": "lm_saes.trainer",
     "TrainerConfig": "lm_saes.training.config",
-    "TransformerLensLanguageModel": "lm_saes.data.transformer_lens",
+    "TransformerLensLanguageModel": "lm_saes.models.transformer_lens",
     "WandbConfig": "lm_saes.training.loggers.wandb",
-    "evaluate_sae": "lm_saes.runners",
-    "generate_activations": "lm_saes.runners",
+    "evaluate_sae": "lm_saes.runs.runners",
+    "generate_activations": "lm_saes.runs.runners",
     "load_dataset": "lm_saes.data.text",
-    "load_language_model": "lm_saes.data.language_model",
-    "train_clt": "lm_saes.runners",
-    "train_crosscoder": "lm_saes.runners",
-    "train_lorsa": "lm_saes.runners",
-    "train_molt": "lm_saes.runners",
-    "train_sae": "lm_saes.runners",
+    "load_language_model": "lm_saes.models.base",
+    "train_clt": "lm_saes.runs.runners",
+    "train_crosscoder": "lm_saes.runs.runners",
+    "train_lorsa": "lm_saes.runs.runners",
+    "train_molt": "lm_saes.runs.runners",
+    "train_sae": "lm_saes.runs.runners",
 }
 
 __all__ = list(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]

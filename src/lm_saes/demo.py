@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from lm_saes.errors import DataError, LMSaesError
-from lm_saes.files import sha256
+from lm_saes.storage.files import sha256
 
 Download = Callable[[str, Path], Path]
 """Puts the wheel of a requirement (`name==version`) into a folder and returns its path."""

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from lm_saes.config import BaseConfig
 from lm_saes.data.batch import Batch, check_batch
-from lm_saes.data.model_weights import AttentionWeights, attention_weights
 from lm_saes.data.peek import peekable
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.dictionaries.normalization import NORM_BATCHES, average_norms
 from lm_saes.errors import ConfigError, DataError
+from lm_saes.models.attention_weights import AttentionWeights, attention_weights
 
 if TYPE_CHECKING:
-    from lm_saes.data.language_model import LanguageModel
+    from lm_saes.models.base import LanguageModel
 
 log = logging.getLogger(__name__)
 

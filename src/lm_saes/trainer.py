@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from lm_saes.axes.together import by_first
 from lm_saes.data.batch import Batch
 from lm_saes.data.peek import Peekable, Stateful, peekable
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.errors import ConfigError, Interrupted
-from lm_saes.parallel.together import by_first
-from lm_saes.provenance import record, started_from
+from lm_saes.storage.provenance import record, started_from
 from lm_saes.training import checkpoint, resume, saving
 from lm_saes.training.attributes import RunAttributes
 from lm_saes.training.config import TrainerConfig

@@ -12,14 +12,15 @@ from torch import Tensor
 from lm_saes.config import build
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
-from lm_saes.dictionaries.record import Record
 from lm_saes.dictionaries.sae import SAEConfig, SparseAutoEncoder
 from lm_saes.initializer import Initializer, InitializerConfig
-from lm_saes.latents.activations import ActivationFunction, ReLU
+from lm_saes.latents.activations import ActivationFunction
+from lm_saes.latents.activations.relu import ReLU
+from lm_saes.latents.record import Record
 from lm_saes.losses import sparsity
 from lm_saes.losses.settings import LossSettings
-from lm_saes.runners import train_settings_class
-from lm_saes.settings import TrainSettings
+from lm_saes.runs.runners import train_settings_class
+from lm_saes.runs.settings import TrainSettings
 from lm_saes.trainer import Trainer, TrainerConfig
 
 HOOK = "blocks.0.hook_resid_post"

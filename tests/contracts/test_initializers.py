@@ -12,11 +12,11 @@ import transformers
 from torch import Tensor
 
 from lm_saes.config import build
-from lm_saes.data.language_model import LanguageModel
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.errors import ConfigError
 from lm_saes.initializer import OPTIONAL, Initializer, InitializerConfig
+from lm_saes.models.base import LanguageModel
 
 from ..unit.dictionaries.test_lorsa_attention import language_model
 from ..unit.dictionaries.twin import random_batch

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lm_saes.export import export
+from lm_saes.storage.merge import export
 from lm_saes.training.checkpoint import saved_steps
 
 from ..kills import ROOT, make_cache, settings

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lm_saes import SAEConfig, SparseAutoEncoder
+from lm_saes.axes.axis import Axes, Axis
 from lm_saes.errors import CheckpointError, ConfigError
-from lm_saes.export import boxes, export
-from lm_saes.latents.axis import Axes, Axis
-from lm_saes.manifest import problems
 from lm_saes.parallel.sharding import held
-from lm_saes.parts import write_parts
+from lm_saes.storage.manifest import problems
+from lm_saes.storage.merge import boxes, export
+from lm_saes.storage.parts import write_parts
 
 MIB = 2**20
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lm_saes.errors import ConfigError
-from lm_saes.files import check_writable, inside, made, sha256
+from lm_saes.storage.files import check_writable, inside, made, sha256
 
 
 def names(path: Path) -> set[str]:

@@ -10,7 +10,7 @@ import torch
 
 from lm_saes import ActivationWriter, ActivationWriterConfig, TrainerConfig
 from lm_saes.data.cache import ActivationCache
-from lm_saes.provenance import PACKAGES, record, started_from, versions
+from lm_saes.storage.provenance import PACKAGES, record, started_from, versions
 
 
 def test_versions_name_every_package() -> None:

@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lm_saes import ActivationFactory, TrainSAESettings, manifest, train_sae
+from lm_saes import ActivationFactory, TrainSAESettings, train_sae
 from lm_saes.config import build
 from lm_saes.data.factory_config import ActivationFactoryConfig
-from lm_saes.data.language_model import LanguageModelConfig, load_language_model
 from lm_saes.data.text import DatasetConfig, load_dataset
 from lm_saes.errors import CheckpointError, ConfigError
+from lm_saes.models.base import LanguageModelConfig, load_language_model
+from lm_saes.storage import manifest
 from lm_saes.training.checkpoint import saved_steps
 
 from ..conftest import Run

@@ -1,1 +1,1 @@
-"""Text, language models and the streams of activations made from them."""
+"""Text, the stream of activations, and their cache on disk."""

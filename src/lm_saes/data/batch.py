@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_saes import waiting
+from lm_saes import machine
 from lm_saes.errors import DataError
 
 Batch = dict[str, Any]
@@ -45,7 +45,7 @@ def _check_mask(mask: Any, shape: tuple[int, ...], is_share: bool) -> None:
         return
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
         raise DataError(f"batch: 'mask' is {_seen(mask)}; give it the shape of 'tokens', {list(shape)}")
-    if not is_share and not waiting.waits_cost(mask.device) and not bool(mask.any()):
+    if not is_share and not machine.waits_cost(mask.device) and not bool(mask.any()):
         raise DataError(
             f"batch: 'mask' of shape {list(shape)} masks every token; leave such batches out or see to ignore_token_ids"
         )
@@ -63,7 +63,7 @@ def _check_activations(hook_point: str, x: Any, wanted: tuple[int, ...], batch: 
     if not x.is_floating_point():
         raise DataError(f"batch: hook point {hook_point!r} holds {x.dtype}; give floating-point activations")
     # A sum is finite unless an entry is not, or the sum overflows: cheap, with a second look only in those cases.
-    if not waiting.waits_cost(x.device) and not bool(x.sum(dtype=torch.float32).isfinite()):
+    if not machine.waits_cost(x.device) and not bool(x.sum(dtype=torch.float32).isfinite()):
         bad = int((~x.isfinite()).sum())
         if bad:
             raise DataError(

@@ -17,7 +17,7 @@ from lm_saes.data.batch import Batch
 from lm_saes.data.rows import copy_rows, take_rows
 from lm_saes.data.seeding import permutation
 from lm_saes.errors import ConfigError, DataError
-from lm_saes.files import inside, sha256
+from lm_saes.storage.files import inside, sha256
 
 FORMAT_VERSION = 1
 INDEX = "index.json"

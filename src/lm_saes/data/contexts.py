@@ -14,7 +14,7 @@ from lm_saes.data.text import TextDataset
 from lm_saes.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from lm_saes.data.language_model import LanguageModel
+    from lm_saes.models.base import LanguageModel
 
 _TOKENIZE = 64
 

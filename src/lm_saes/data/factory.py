@@ -18,16 +18,16 @@ from lm_saes.data.factory_config import (
     ActivationFactoryTarget,
     BufferShuffleConfig,
 )
-from lm_saes.data.loading import check_device
 from lm_saes.data.producers import ContextBatches, Producer, Reader, RowBatches, Rows, ShuffledRowBatches
 from lm_saes.data.shuffle import ShuffleBuffer
 from lm_saes.data.sources import Mixer, Source
 from lm_saes.data.stream import ActivationStream
 from lm_saes.data.text import TextDataset
 from lm_saes.errors import ConfigError
+from lm_saes.models.loading import check_device
 
 if TYPE_CHECKING:
-    from lm_saes.data.language_model import LanguageModel
+    from lm_saes.models.base import LanguageModel
 
 _MIXED_ROWS = 128
 _MEMORY_SHARE = 0.8

@@ -19,7 +19,7 @@ from lm_saes.data.sources import Mixer
 from lm_saes.errors import DataError
 
 if TYPE_CHECKING:
-    from lm_saes.data.language_model import LanguageModel
+    from lm_saes.models.base import LanguageModel
 
 _NO_LIMIT = 2**62
 _EMPTY_READS = 1000

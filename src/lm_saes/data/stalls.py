@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _LOG = logging.getLogger(__name__)
-_HERE = Path(__file__).parent
+_HERE = {Path(__file__).parent, Path(__file__).parents[1] / "models"}
 _STAGES = {
     "text": "reading text",
     "contexts": "making contexts",
@@ -74,7 +74,7 @@ class Watch:
             file = Path(frame.f_code.co_filename)
             name = frame.f_code.co_name
             stage = _STAGES.get(f"{file.stem}.{name}", _STAGES.get(file.stem))
-            if file.parent == _HERE and stage is not None:
+            if file.parent in _HERE and stage is not None:
                 return f"{stage} ({file.name}:{frame.f_lineno}, {name})"
             frame = frame.f_back
         return "between batches"

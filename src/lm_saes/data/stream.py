@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lm_saes.axes.differences import differences
 from lm_saes.data.batch import Batch
-from lm_saes.data.differences import differences
 from lm_saes.data.producers import Producer
 from lm_saes.data.stalls import Watch
 from lm_saes.errors import CheckpointError, DataError

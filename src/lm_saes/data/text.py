@@ -13,7 +13,7 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from lm_saes.config import BaseConfig
 from lm_saes.errors import DataError
-from lm_saes.files import inside
+from lm_saes.storage.files import inside
 
 _FILE_KINDS = (".txt", ".json", ".jsonl", ".parquet")
 _FETCH = 256

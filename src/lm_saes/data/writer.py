@@ -16,14 +16,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from lm_saes.axes.differences import first_difference
 from lm_saes.config import BaseConfig, DType
 from lm_saes.data.batch import Batch, check_batch
 from lm_saes.data.cache import FORMAT_VERSION, INDEX, ActivationCache, CacheIndex, CacheShard
-from lm_saes.data.differences import first_difference
 from lm_saes.data.stream import ActivationStream
 from lm_saes.errors import ConfigError, DataError
-from lm_saes.files import flush, fsync, made, remove
-from lm_saes.provenance import versions
+from lm_saes.storage.files import flush, fsync, made, remove
+from lm_saes.storage.provenance import versions
 
 _LOG = logging.getLogger(__name__)
 _SHARD_BYTES = 128 * 2**20

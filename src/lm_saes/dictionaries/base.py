@@ -15,16 +15,16 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from lm_saes.axes.axis import Axes
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.dictionaries.files import Stored, read_k, read_provenance
 from lm_saes.dictionaries.initializing import Initializing
 from lm_saes.dictionaries.loss_result import LossResult
 from lm_saes.dictionaries.normalization import Normalizing
-from lm_saes.dictionaries.record import Record
 from lm_saes.dictionaries.selection import Selecting
 from lm_saes.errors import CheckpointError, ConfigError
-from lm_saes.latents.axis import Axes
 from lm_saes.latents.codes import Code
+from lm_saes.latents.record import Record
 from lm_saes.losses.dead_latents import DeadList
 from lm_saes.losses.objective import objective
 from lm_saes.losses.settings import LossSettings

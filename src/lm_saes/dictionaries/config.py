@@ -14,9 +14,9 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from lm_saes.config import LENIENT, BaseConfig, DType, describe
 from lm_saes.errors import CheckpointError, ConfigError
-from lm_saes.files import write_json
 from lm_saes.latents.activations import ActivationFunction
-from lm_saes.manifest import check_file
+from lm_saes.storage.files import write_json
+from lm_saes.storage.manifest import check_file
 
 ALL_ACTIVATIONS = frozenset({"relu", "topk", "batchtopk", "jumprelu", "layertopk", "batchlayertopk"})
 NormActivation = Literal["token-wise", "batch-wise", "dataset-wise", "inference"]

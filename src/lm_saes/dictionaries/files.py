@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lm_saes.axes.axis import Axes
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.errors import CheckpointError
-from lm_saes.files import remove, write_json
-from lm_saes.latents.axis import Axes
-from lm_saes.manifest import MANIFEST, check_file, listed, write_manifest
-from lm_saes.parts import Parts
-from lm_saes.tensors import load_tensors, save_tensors
+from lm_saes.storage.files import remove, write_json
+from lm_saes.storage.manifest import MANIFEST, check_file, listed, write_manifest
+from lm_saes.storage.parts import Parts
+from lm_saes.storage.tensors import load_tensors, save_tensors
 
 CONFIG = "config.json"
 WEIGHTS, SHARDS, OLD_WEIGHTS = "sae_weights.safetensors", "sae_weights.dcp", "sae_weights.pt"

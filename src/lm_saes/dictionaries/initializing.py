@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lm_saes.data.model_weights import AttentionWeights
+    from lm_saes.models.attention_weights import AttentionWeights
 
 
 class Initializing(ABC):

@@ -21,19 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from lm_saes.dictionaries.lorsa_config import LorsaConfig
-from lm_saes.dictionaries.record import Record
 from lm_saes.dictionaries.rows import active_directions, flat_mask, scale_to, valid_rows
 from lm_saes.dictionaries.single import SingleDictionary
 from lm_saes.errors import ConfigError, DataError
 from lm_saes.latents.attention import HeadNorm, attend, contexts, pattern, project, refuse_left_padding
 from lm_saes.latents.codes import Code
-from lm_saes.latents.dense_select import select
-from lm_saes.latents.hidden import Hidden
-from lm_saes.latents.row_gradients import chosen_rows
+from lm_saes.latents.encode.given import select
+from lm_saes.latents.encode.hidden import Hidden
+from lm_saes.latents.gradients.rows import chosen_rows
+from lm_saes.latents.record import Record
 from lm_saes.losses.dead_latents import DeadList, auxk
 
 if TYPE_CHECKING:
-    from lm_saes.data.model_weights import AttentionWeights
+    from lm_saes.models.attention_weights import AttentionWeights
 
 _OLD_BUFFERS = frozenset({"mask", "IGNORE", "rotary_sin", "rotary_cos"})
 

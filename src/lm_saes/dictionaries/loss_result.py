@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lm_saes.dictionaries.record import Record
+from lm_saes.latents.record import Record
 from lm_saes.losses.settings import LossSettings
 
 if TYPE_CHECKING:

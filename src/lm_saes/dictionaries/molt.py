@@ -18,13 +18,13 @@ import torch
 from pydantic import Field, ValidationInfo, model_validator
 from torch import Tensor, nn
 
-from lm_saes.dictionaries.record import Record, squared_length
 from lm_saes.dictionaries.rows import flat_mask, scale_to
 from lm_saes.dictionaries.single import LinearlyEncoded, SingleConfig
 from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import Code, DenseCode
-from lm_saes.latents.linear import encode
-from lm_saes.latents.transforms import DENSITY_SCALE, Transforms, active_code
+from lm_saes.latents.encode.linear import encode
+from lm_saes.latents.encode.transforms import DENSITY_SCALE, Transforms, active_code
+from lm_saes.latents.record import Record, squared_length
 from lm_saes.losses.dead_latents import DeadList, strongest
 
 Positive = Annotated[int, Field(gt=0)]

@@ -17,12 +17,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lm_saes.dictionaries.record import Record
 from lm_saes.dictionaries.rows import active_directions, flat_mask, scale_to, valid_rows
 from lm_saes.dictionaries.single import LinearlyEncoded, SingleConfig
 from lm_saes.latents.codes import Code
-from lm_saes.latents.linear import LinearEncoder, encode
-from lm_saes.latents.row_gradients import chosen_rows
+from lm_saes.latents.encode.linear import LinearEncoder, encode
+from lm_saes.latents.gradients.rows import chosen_rows
+from lm_saes.latents.record import Record
 from lm_saes.losses.dead_latents import DeadList, auxk
 
 MLP_ROWS = 4096

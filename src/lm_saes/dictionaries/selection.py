@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.errors import ConfigError
 from lm_saes.latents.activations import ActivationFunction
-from lm_saes.latents.hidden import Hidden
+from lm_saes.latents.encode.hidden import Hidden
 
 
 class Selecting(nn.Module):

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.dictionaries.normalization import geometric_median
-from lm_saes.dictionaries.record import Record
 from lm_saes.dictionaries.rows import hook_rows, scale_to, valid_rows
 from lm_saes.errors import ConfigError
-from lm_saes.latents.hidden import Hidden
-from lm_saes.latents.linear import LinearEncoder
+from lm_saes.latents.encode.hidden import Hidden
+from lm_saes.latents.encode.linear import LinearEncoder
+from lm_saes.latents.record import Record
 
 
 class SingleConfig(BaseSAEConfig):

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.normalization import geometric_median
-from lm_saes.dictionaries.record import Record
 from lm_saes.dictionaries.rows import flat_mask, hook_rows, scale_to, valid_rows
 from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import Code
-from lm_saes.latents.linear import Encoder, encode
+from lm_saes.latents.encode.linear import Encoder, encode
+from lm_saes.latents.record import Record
 
 Each = TypeVar("Each", Tensor, range, list[str])
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lm_saes.data.language_model import LanguageModel
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
+from lm_saes.models.base import LanguageModel
 
 TOKENS_PER_FORWARD = 1024
 """Contexts are run in groups of about this many tokens, which bounds the memory that the logits take."""

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from lm_saes.config import BaseConfig
 from lm_saes.data.batch import Batch, check_batch
-from lm_saes.data.language_model import LanguageModel
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.errors import DataError
 from lm_saes.evaluation.downstream import DownstreamLoss
 from lm_saes.evaluation.examples import LatentExample, SnippetCollector
-from lm_saes.files import write_text
+from lm_saes.models.base import LanguageModel
 from lm_saes.parallel.sharding import latent_numbers
+from lm_saes.storage.files import write_text
 
 Evaluation: TypeAlias = dict[str, float | list[float] | list[LatentExample]]
 """Numbers under their metric names, `"sparsity/frequency"` (one per latent) and `"latents"` (with snippets)."""

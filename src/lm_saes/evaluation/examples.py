@@ -11,7 +11,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from lm_saes.latents.axis import Axis
+from lm_saes.axes.axis import Axis
 
 MAX_TRACKED_LATENTS = 8192
 """Snippets are kept for at most this many latents, evenly spaced by index; a wider dictionary is sampled."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from lm_saes import waiting
+from lm_saes import machine
 from lm_saes.errors import DataError
 
 QKNorm = Literal["LN", "RMS"]
@@ -79,7 +79,7 @@ def refuse_left_padding(tokens_BS: Tensor, mask_BS: Tensor | None) -> None:
     A mask alone cannot tell: a single masked token in front is an ordinary BOS. (Looked at on the CPU only, as a GPU
     would have to be waited for.)
     """
-    if mask_BS is None or waiting.waits_cost(tokens_BS.device) or tokens_BS.shape[1] < 3:
+    if mask_BS is None or machine.waits_cost(tokens_BS.device) or tokens_BS.shape[1] < 3:
         return
     out_BS = ~mask_BS.bool()
     padded_B = out_BS[:, 0] & out_BS[:, 1] & (tokens_BS[:, 0] == tokens_BS[:, 1]) & ~out_BS.all(1)

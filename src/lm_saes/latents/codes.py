@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lm_saes import waiting
+from lm_saes import machine
+from lm_saes.axes.axis import ALONE, Axis
 from lm_saes.latents import kernels
-from lm_saes.latents.axis import ALONE, Axis
-from lm_saes.latents.row_gradients import RowGradients, receiver
-from lm_saes.latents.segments import offsets_of_lengths, offsets_of_rows
+from lm_saes.latents.gradients.rows import RowGradients, receiver
+from lm_saes.latents.offsets import offsets_of_lengths, offsets_of_rows
 
 if TYPE_CHECKING:
-    from lm_saes.latents.hidden import Hidden
+    from lm_saes.latents.encode.hidden import Hidden
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ class SparseCode(Code):
     def of_sites(self, sites: range, axis: Axis = ALONE) -> SparseCode:
         if len(sites) == self.n_sites:
             return self
-        if waiting.waits_cost(self.rows.device):
+        if machine.waits_cost(self.rows.device):
             of_each = self._places_by_site[sites.start : sites.stop]
             here = of_each[0] if len(of_each) == 1 else torch.cat(of_each).sort().values
         else:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lm_saes import waiting
-from lm_saes.dictionaries.record import Record, squared_length
-from lm_saes.latents.axis import Axis
+from lm_saes import machine
+from lm_saes.axes.axis import Axis
+from lm_saes.latents.record import Record, squared_length
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ def strongest(hidden_pre_ND: Tensor, norm_D: Tensor | None, k: int, latents: Axi
     with torch.no_grad():
         s_ND = hidden_pre_ND if norm_D is None else hidden_pre_ND * norm_D
         kept_ND = torch.gt(s_ND, 0, out=torch.empty_like(s_ND))  # as numbers: masks and `where` are slow
-        if waiting.waits_cost(s_ND.device):
+        if machine.waits_cost(s_ND.device):
             kept_ND *= latents.top(s_ND, k)
         elif latents.size > 1 or s_ND.shape[1] > k:
             crowded_X = (latents.total(kept_ND.sum(1)) > k).nonzero().squeeze(1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lm_saes.dictionaries.record import Record
+from lm_saes.latents.record import Record
 from lm_saes.losses.dead_latents import list_dead
 from lm_saes.losses.settings import LossSettings
 from lm_saes.losses.sparsity import find_sparsity_loss

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lm_saes.dictionaries.record import Record, accumulable
 from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import EntryFunction, Identity, Tanh
+from lm_saes.latents.record import Record, accumulable
 from lm_saes.losses.settings import LossSettings
 
 SparsityLoss = Callable[[Record, LossSettings], Tensor]

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from lm_saes.dictionaries.record import Record
-from lm_saes.latents.axis import ALONE, Axis
+from lm_saes.axes.axis import ALONE, Axis
+from lm_saes.latents.record import Record
 
 if TYPE_CHECKING:
     from lm_saes.dictionaries.base import AbstractSparseAutoEncoder

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lm_saes.dictionaries.record import Record
+from lm_saes.latents.record import Record
 from lm_saes.metrics.base import Metric
 
 _NAMES = {"loss": "overall_loss", "l_rec": "mse_loss", "l_s": "sparsity_loss", "l_p": "lp_loss", "l_aux": "aux_loss"}

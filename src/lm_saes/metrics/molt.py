@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lm_saes.dictionaries.molt import MixtureOfLinearTransform
-from lm_saes.dictionaries.record import Record
+from lm_saes.latents.record import Record
 from lm_saes.metrics.base import Metric
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from lm_saes.dictionaries.record import Record
+from lm_saes.latents.record import Record
 from lm_saes.metrics.base import Metric
 from lm_saes.metrics.reconstruction import explained_variance
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lm_saes.dictionaries.record import Record
+from lm_saes.latents.record import Record
 from lm_saes.metrics.base import Metric, StepFacts
 
 _ABOVE = (1e-1, 1e-2)

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lm_saes.axes.axis import Axis
 from lm_saes.errors import LostProcessError
-from lm_saes.latents.axis import Axis
 
 
 class SharedAxis(Axis):

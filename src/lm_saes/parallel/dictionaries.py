@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lm_saes.axes.together import by_first, exchange
 from lm_saes.dictionaries.files import OLD_WEIGHTS, SHARDS, WEIGHTS, files_to_check, load_weights
 from lm_saes.errors import CheckpointError
-from lm_saes.files import remove
-from lm_saes.manifest import MANIFEST, check_file
-from lm_saes.parallel.saving import save_together
 from lm_saes.parallel.sharding import cuts_of, held, own_part
-from lm_saes.parallel.together import by_first, exchange
-from lm_saes.parts import Parts, write_parts
+from lm_saes.storage.drafts import save_together
+from lm_saes.storage.files import remove
+from lm_saes.storage.manifest import MANIFEST, check_file
+from lm_saes.storage.parts import Parts, write_parts
 
 if TYPE_CHECKING:
     from lm_saes.dictionaries.base import AbstractSparseAutoEncoder

@@ -23,8 +23,8 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
+from lm_saes.axes.axis import ALONE, Axis
 from lm_saes.errors import ConfigError, LMSaesError, LostProcessError, OtherProcessError
-from lm_saes.latents.axis import ALONE, Axis
 from lm_saes.parallel.axis import SharedAxis, answers
 
 TIMEOUT = timedelta(minutes=10)

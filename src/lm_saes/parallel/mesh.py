@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lm_saes.axes.axis import ALONE, Axes, Axis
 from lm_saes.errors import ConfigError
-from lm_saes.latents.axis import ALONE, Axes, Axis
 from lm_saes.parallel.axis import SharedAxis
 from lm_saes.parallel.launch import join, n_started
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lm_saes.axes.axis import Axis
 from lm_saes.errors import CheckpointError, ConfigError
-from lm_saes.latents.axis import Axis
-from lm_saes.latents.row_gradients import storage_order
+from lm_saes.latents.gradients.rows import storage_order
 from lm_saes.parallel.mesh import HEAD, MODEL, axes_of
-from lm_saes.parts import Cut, Held
+from lm_saes.storage.parts import Cut, Held
 
 if TYPE_CHECKING:
     from lm_saes.dictionaries.base import AbstractSparseAutoEncoder

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_saes.files import write_text
 from lm_saes.report.figures import curve_charts, downstream_chart, frequency_chart
 from lm_saes.report.run import Run
+from lm_saes.storage.files import write_text
 
 _TOLD_ELSEWHERE = frozenset({"metrics", "training_metrics", "trainer"})
 """Of the provenance, what the report's other tables have."""

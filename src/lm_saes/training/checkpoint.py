@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lm_saes.axes.axis import ALONE, Axis
+from lm_saes.axes.together import by_first, exchange
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.files import WEIGHTS, load_weights
 from lm_saes.errors import CheckpointError
-from lm_saes.files import drafted, remove
-from lm_saes.latents.axis import ALONE, Axis
-from lm_saes.manifest import problems, write_manifest
-from lm_saes.metrics.board import Board
-from lm_saes.parallel.saving import save_together
-from lm_saes.parallel.together import by_first, exchange
-from lm_saes.tensors import load_tensors, save_tensors
+from lm_saes.storage.drafts import save_together
+from lm_saes.storage.files import drafted, remove
+from lm_saes.storage.manifest import problems, write_manifest
+from lm_saes.storage.tensors import load_tensors, save_tensors
 from lm_saes.training import checkpoint_parts
+from lm_saes.training.board import Board
 from lm_saes.training.checkpoint_parts import RNG
 
 log = logging.getLogger(__name__)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lm_saes.axes.axis import Axis
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.files import SHARDS, WEIGHTS
-from lm_saes.latents.axis import Axis
-from lm_saes.metrics.board import Board
 from lm_saes.parallel.dictionaries import write_weights
 from lm_saes.parallel.sharding import OF_LATENTS, cuts_of, held
-from lm_saes.parts import Cut, Held, Parts, write_parts
+from lm_saes.storage.parts import Cut, Held, Parts, write_parts
+from lm_saes.training.board import Board
 
 RNG = "rng.cpu"
 Tensors = dict[str, Tensor]

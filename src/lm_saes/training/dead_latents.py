@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lm_saes import waiting
+from lm_saes import machine
 
 SPARE = 64
 """So many latents at least may die before the next report and be revived at once."""
@@ -35,7 +35,7 @@ class DeadLatents:
 
     def make_room(self) -> None:
         """Let AuxK's list have places for all that are dead now, and some more; may wait."""
-        if waiting.waits_cost(self.is_dead.device):
+        if machine.waits_cost(self.is_dead.device):
             rows = self.is_dead.view(-1, self.is_dead.shape[-1])
             self.room = [min(rows.shape[1], n + max(SPARE, n // 4)) for n in rows.sum(1).tolist()]
 

@@ -8,15 +8,15 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from lm_saes import waiting
+from lm_saes import machine
+from lm_saes.axes.axis import Axis
 from lm_saes.data.batch import Batch, check_batch
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.errors import DataError
-from lm_saes.latents.axis import Axis
-from lm_saes.latents.row_gradients import collecting, storage_order
+from lm_saes.latents.gradients.rows import collecting, storage_order
 from lm_saes.losses.objective import objective
 from lm_saes.losses.settings import LossSettings
-from lm_saes.metrics.board import Pass
+from lm_saes.training.board import Pass
 from lm_saes.training.dead_latents import DeadLatents
 from lm_saes.training.precision import mixed_precision
 
@@ -36,7 +36,7 @@ def valid_tokens(batches: list[Batch], tokens: Axis) -> list[int | Tensor]:
     counts = list[int | Tensor]()
     for batch in batches:
         mask = batch.get("mask")
-        if mask is not None and waiting.waits_cost(mask.device):
+        if mask is not None and machine.waits_cost(mask.device):
             counts.append(tokens.total(mask.sum(dtype=torch.int64)))
             continue
         count = tokens.count(batch["tokens"].numel() if mask is None else int(mask.sum()))

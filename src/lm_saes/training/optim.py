@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lm_saes.axes.axis import Axes
 from lm_saes.errors import ConfigError
 from lm_saes.latents import kernels
-from lm_saes.latents.axis import Axes
-from lm_saes.latents.row_gradients import RowGradients, carry_row_gradients, storage_order
+from lm_saes.latents.gradients.rows import RowGradients, carry_row_gradients, storage_order
 from lm_saes.training.config import TrainerConfig
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lm_saes.axes.differences import differences
 from lm_saes.config import LENIENT, describe
-from lm_saes.data.differences import differences
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.dictionaries.files import SHARDS, WEIGHTS

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
-from lm_saes import waiting
+from lm_saes import machine
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
-from lm_saes.metrics.board import Board
+from lm_saes.training.board import Board
 from lm_saes.training.config import TrainerConfig
 from lm_saes.training.faults import Ledger
 from lm_saes.training.optim import FusedAdam, build_optimizer
@@ -41,7 +41,7 @@ class Run:
             dead_threshold=cfg.dead_threshold,
         )
         plan, optimizer = make_plan(cfg, batch_tokens), build_optimizer(cfg, dictionary)
-        defers = waiting.waits_cost(dictionary.cfg.device) and isinstance(optimizer, FusedAdam)
+        defers = machine.waits_cost(dictionary.cfg.device) and isinstance(optimizer, FusedAdam)
         return cls(dictionary, plan, optimizer, board, Ledger(stops=cfg.on_non_finite == "stop", defers=defers))
 
     def set_schedules(self, t: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lm_saes import waiting
+from lm_saes import machine
 from lm_saes.data.batch import Batch
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.training.config import TrainerConfig
@@ -51,7 +51,7 @@ def _checks_of_inputs(sae: AbstractSparseAutoEncoder, batches: list[Batch]) -> l
     given = [(hook, batch[hook]) for batch in batches for hook in dict.fromkeys(sae.cfg.associated_hook_points)]
     everywhere = sae.axes.everywhere
     return [(hook, everywhere.smallest(x.isfinite().all().int()) > 0) for hook, x in given
-            if waiting.waits_cost(x.device)]  # fmt: skip
+            if machine.waits_cost(x.device)]  # fmt: skip
 
 
 def _take(optimizer: Optimizer, taken: Tensor | None) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_saes.data.language_model import LanguageModel, LanguageModelConfig
 from lm_saes.data.text import DatasetConfig, TextDataset
 from lm_saes.errors import ConfigError
+from lm_saes.models.base import LanguageModel, LanguageModelConfig
 
 WIDTHS = {"a": 4, "b": 2}
 

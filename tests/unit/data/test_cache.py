@@ -16,10 +16,10 @@ from lm_saes.data.batch import Batch
 from lm_saes.data.cache import ActivationCache, CachedSource
 from lm_saes.data.factory import ActivationFactory
 from lm_saes.data.factory_config import ActivationFactoryConfig
-from lm_saes.data.language_model import LanguageModel
 from lm_saes.data.text import TextDataset
 from lm_saes.data.writer import ActivationWriter, ActivationWriterConfig
 from lm_saes.errors import ConfigError, DataError
+from lm_saes.models.base import LanguageModel
 
 
 def rows(start: int, n: int) -> Batch:

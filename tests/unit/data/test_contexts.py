@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from lm_saes.data.contexts import ContextSource, check_context_size
-from lm_saes.data.language_model import LanguageModel
 from lm_saes.data.text import TextDataset
 from lm_saes.errors import ConfigError, DataError
+from lm_saes.models.base import LanguageModel
 
 MakeDataset = Callable[[Sequence[Any]], TextDataset]
 DOCUMENTS = ["10 11 12", "", "20 21 22 23 24", "30", "40 41"]

@@ -16,11 +16,11 @@ from lm_saes.config import build
 from lm_saes.data.batch import Batch, check_batch
 from lm_saes.data.factory import ActivationFactory
 from lm_saes.data.factory_config import ActivationFactoryConfig
-from lm_saes.data.language_model import LanguageModel, LanguageModelConfig, load_language_model
 from lm_saes.data.stream import ActivationStream
 from lm_saes.data.text import TextDataset
 from lm_saes.data.writer import ActivationWriter, ActivationWriterConfig
 from lm_saes.errors import ConfigError
+from lm_saes.models.base import LanguageModel, LanguageModelConfig, load_language_model
 
 Counting = Callable[..., TextDataset]
 DATASET = {"type": "dataset", "name": "n"}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lm_saes.data.hook_points import LAYOUTS, HookPoints
 from lm_saes.errors import ConfigError
+from lm_saes.models.hook_points import LAYOUTS, HookPoints
 
 from ..random_model import CONFIGS, N_LAYERS, PARALLEL, TOKENS, random_model
 

@@ -9,10 +9,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lm_saes.data.huggingface import HuggingFaceLanguageModel
-from lm_saes.data.language_model import LanguageModelConfig, load_language_model
-from lm_saes.data.loading import automatic_dtype
 from lm_saes.errors import ConfigError, DataError
+from lm_saes.models.base import LanguageModelConfig, load_language_model
+from lm_saes.models.huggingface import HuggingFaceLanguageModel
+from lm_saes.models.loading import automatic_dtype
 
 TEXTS = ["the cat sat on the mat", "a dog: naïve, 日本 and 🙂", "the dog saw\nthe cat"]
 TOKENS = torch.randint(3, 100, (3, 8), generator=torch.Generator().manual_seed(0))

@@ -10,11 +10,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from lm_saes.data.huggingface import HuggingFaceLanguageModel
-from lm_saes.data.language_model import LanguageModelConfig, load_language_model
-from lm_saes.data.model_weights import attention_weights
-from lm_saes.data.transformer_lens import TransformerLensLanguageModel
 from lm_saes.errors import ConfigError, DataError
+from lm_saes.models.attention_weights import attention_weights
+from lm_saes.models.base import LanguageModelConfig, load_language_model
+from lm_saes.models.huggingface import HuggingFaceLanguageModel
+from lm_saes.models.transformer_lens import TransformerLensLanguageModel
 
 from ..random_model import CONFIGS, PARALLEL, TOKENS, save
 

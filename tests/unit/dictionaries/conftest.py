@@ -2,7 +2,8 @@
 
 import pytest
 
-from lm_saes.latents import dense_select, linear, transforms
+from lm_saes.latents.encode import given as dense_select
+from lm_saes.latents.encode import linear, transforms
 
 
 @pytest.fixture(params=["sparse", "dense"])

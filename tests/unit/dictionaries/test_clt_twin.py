@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lm_saes.errors import ConfigError
-from lm_saes.latents import linear
+from lm_saes.latents.encode import linear
 
 from .comparing import check_geometric_median
 from .site_twin import ACT_FNS, INS, OUTS, SITES, D, F, clt_config, initialized, random_dictionary, skewed_batch

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lm_saes.axes.axis import Axes, Axis
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.files import save_tensors
 from lm_saes.dictionaries.sae import SparseAutoEncoder
 from lm_saes.errors import CheckpointError, ConfigError
-from lm_saes.latents.axis import Axes, Axis
 
 from .twin import IN, OUT, THETA, assert_same, random_batch, random_sae, sae_config
 

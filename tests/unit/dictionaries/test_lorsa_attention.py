@@ -10,11 +10,11 @@ import transformers
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
-from lm_saes.data.huggingface import HuggingFaceLanguageModel
-from lm_saes.data.language_model import LanguageModelConfig
-from lm_saes.data.model_weights import attention_weights
 from lm_saes.dictionaries.lorsa import LorsaConfig
 from lm_saes.errors import ConfigError
+from lm_saes.models.attention_weights import attention_weights
+from lm_saes.models.base import LanguageModelConfig
+from lm_saes.models.huggingface import HuggingFaceLanguageModel
 
 from .test_lorsa import SAME, initialize
 from .twin import assert_same, valid

@@ -14,8 +14,8 @@ from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.dictionaries.molt import MixtureOfLinearTransform, MOLTConfig
 from lm_saes.errors import ConfigError
-from lm_saes.latents import linear, transforms
 from lm_saes.latents.codes import SparseCode
+from lm_saes.latents.encode import linear, transforms
 
 from .molt_twin import RANKS, MoltTwin, molt_config, random_molt
 from .twin import ACT_FNS, IN, OUT, assert_same, least_distance, random_batch

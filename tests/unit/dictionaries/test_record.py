@@ -2,7 +2,7 @@
 
 import torch
 
-from lm_saes.dictionaries.record import squared_length
+from lm_saes.latents.record import squared_length
 
 
 def test_squared_length_is_that_of_float32_under_autocast() -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lm_saes.errors import ConfigError
-from lm_saes.latents import linear
 from lm_saes.latents.codes import DenseCode, SparseCode
+from lm_saes.latents.encode import linear
 
 from .comparing import EXACT, SPARSITY, every_term, garbled, losses, same_losses
 from .site_twin import (

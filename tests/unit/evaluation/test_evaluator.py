@@ -13,10 +13,10 @@ from torch import Tensor
 from lm_saes import SparseAutoEncoder
 from lm_saes.config import build
 from lm_saes.data.batch import Batch
-from lm_saes.dictionaries.record import Record
 from lm_saes.errors import ConfigError, DataError
 from lm_saes.evaluation.evaluator import EvalConfig, Evaluation, Evaluator, numbers, write_evaluation
 from lm_saes.evaluation.examples import LatentExample
+from lm_saes.latents.record import Record
 
 from .by_hand import HOOK, dictionary, identity
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_saes.latents import products
-from lm_saes.latents.activations import ActivationFunction, BatchTopK, TopK
-from lm_saes.latents.linear import LinearEncoder, encode
+from lm_saes.latents.activations import ActivationFunction
+from lm_saes.latents.activations.batchtopk import BatchTopK
+from lm_saes.latents.activations.topk import TopK
+from lm_saes.latents.encode import products
+from lm_saes.latents.encode.linear import LinearEncoder, encode
 
 from ..dictionaries.twin import sae_config
 from .problems import Problem, activation

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_saes.latents.axis import Axis
+from lm_saes.axes.axis import Axis
 
 AXIS = Axis()
 

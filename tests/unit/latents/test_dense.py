@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_saes.latents import blocks
 from lm_saes.latents.codes import DenseCode, Identity, Tanh
-from lm_saes.latents.dense import BlockwiseCode
-from lm_saes.latents.hidden import Hidden
-from lm_saes.latents.linear import LinearEncoder
+from lm_saes.latents.encode.dense import BlockwiseCode
+from lm_saes.latents.encode.hidden import Hidden
+from lm_saes.latents.encode.linear import LinearEncoder
+from lm_saes.latents.gradients import blocks
 
 from .problems import Problem
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_saes.latents import dense_select
 from lm_saes.latents.codes import Code, DenseCode, SparseCode
-from lm_saes.latents.dense_select import select
+from lm_saes.latents.encode import given as dense_select
+from lm_saes.latents.encode.given import select
 
 from ..dictionaries.twin import ACT_FNS
 from .problems import activation

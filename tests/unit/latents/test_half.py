@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_saes.latents import half
-from lm_saes.latents.bounds import UNIT
 from lm_saes.latents.codes import SparseCode
-from lm_saes.latents.half import batch_in_half, half_pays, top_in_half
-from lm_saes.latents.linear import LinearEncoder, encode
+from lm_saes.latents.encode.linear import LinearEncoder, encode
+from lm_saes.latents.selection import half_precision as half
+from lm_saes.latents.selection.bounds import UNIT
+from lm_saes.latents.selection.half_precision import batch_in_half, half_pays, top_in_half
 
 from .problems import activation
 from .test_screening import problem

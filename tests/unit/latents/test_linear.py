@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_saes.latents import products
 from lm_saes.latents.codes import DenseCode, SparseCode
-from lm_saes.latents.linear import LinearEncoder, encode
+from lm_saes.latents.encode import products
+from lm_saes.latents.encode.linear import LinearEncoder, encode
 
 from ..dictionaries.twin import ACT_FNS
 from .problems import Problem, activation

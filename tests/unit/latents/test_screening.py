@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_saes.latents import bounds, screening
-from lm_saes.latents.bounds import Bounds
 from lm_saes.latents.codes import SparseCode
-from lm_saes.latents.linear import LinearEncoder, encode
-from lm_saes.latents.screening import batch_products, top_products
+from lm_saes.latents.encode.linear import LinearEncoder, encode
+from lm_saes.latents.selection import bounds
+from lm_saes.latents.selection import screened as screening
+from lm_saes.latents.selection.bounds import Bounds
+from lm_saes.latents.selection.screened import batch_products, top_products
 
 from .problems import activation
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_saes.latents import transforms
 from lm_saes.latents.codes import DenseCode, SparseCode
-from lm_saes.latents.transforms import LOW_RANK, Transforms, active_code
+from lm_saes.latents.encode import transforms
+from lm_saes.latents.encode.transforms import LOW_RANK, Transforms, active_code
 
 N, D = 7, 5
 

@@ -7,10 +7,10 @@ from typing import Any, cast
 import pytest
 import torch
 
+from lm_saes.axes.axis import Axis
 from lm_saes.data.batch import Batch
+from lm_saes.data.share import SharedStream, share
 from lm_saes.data.stream import ActivationStream
-from lm_saes.latents.axis import Axis
-from lm_saes.parallel.share import SharedStream, share
 
 
 def batch(n: int, mask: bool = False) -> Batch:

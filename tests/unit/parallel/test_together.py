@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from lm_saes.axes.axis import Axis
+from lm_saes.axes.together import by_first, each, exchange, require_same
 from lm_saes.errors import ConfigError, DataError, OtherProcessError
-from lm_saes.latents.axis import Axis
-from lm_saes.parallel.together import by_first, each, exchange, require_same
 
 from .threads import together
 

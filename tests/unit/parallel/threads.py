@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_saes.latents.axis import Axis
+from lm_saes.axes.axis import Axis
 
 
 class ThreadAxis(Axis):

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lm_saes import SparseAutoEncoder, Trainer, TrainerConfig, manifest
+from lm_saes import SparseAutoEncoder, Trainer, TrainerConfig
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.errors import CheckpointError, ConfigError
-from lm_saes.manifest import write_manifest
+from lm_saes.storage import manifest
+from lm_saes.storage.manifest import write_manifest
 from lm_saes.training import checkpoint
 from lm_saes.training.checkpoint import find_checkpoint, join_tensors, saved_steps, split_tensors
 

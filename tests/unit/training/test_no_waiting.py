@@ -25,14 +25,14 @@ from lm_saes import (
     LorsaConfig,
     SAEConfig,
     Trainer,
-    waiting,
+    machine,
 )
+from lm_saes.axes.axis import Axis
 from lm_saes.data.batch import Batch
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.errors import TrainingError
-from lm_saes.latents import products
-from lm_saes.latents.axis import Axis
 from lm_saes.latents.codes import DenseCode, SparseCode
+from lm_saes.latents.encode import products
 from lm_saes.losses.dead_latents import list_dead, strongest
 from lm_saes.training import dead_latents
 from lm_saes.training.checkpoint import saved_steps
@@ -185,11 +185,11 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def costly(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Call it to have waiting cost time from then on, or, with False, nothing."""
-    return lambda answer=True: monkeypatch.setattr(waiting, "waits_cost", lambda device: answer)
+    return lambda answer=True: monkeypatch.setattr(machine, "waits_cost", lambda device: answer)
 
 
 def test_waiting_costs_time_on_a_gpu_alone() -> None:
-    assert [waiting.waits_cost(device) for device in ("cpu", torch.device("cpu"), "cuda", "cuda:1")] == [0, 0, 1, 1]
+    assert [machine.waits_cost(device) for device in ("cpu", torch.device("cpu"), "cuda", "cuda:1")] == [0, 0, 1, 1]
 
 
 @every_way

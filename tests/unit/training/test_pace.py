@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lm_saes import SAEConfig, TrainerConfig
+from lm_saes.axes.axis import Axes, Axis
 from lm_saes.data.peek import peekable
-from lm_saes.latents.axis import Axes, Axis
 from lm_saes.training.pace import Pace
 
 from ..parallel.threads import together

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from lm_saes import SparseAutoEncoder, Trainer, TrainerConfig
 from lm_saes.dictionaries.files import save_tensors
 from lm_saes.errors import CheckpointError
-from lm_saes.manifest import problems
+from lm_saes.storage.manifest import problems
 from lm_saes.training import checkpoint, resume
 from lm_saes.training.checkpoint import all_steps, saved_steps
 from lm_saes.training.resume import MAY_CHANGE
@@ -110,7 +110,7 @@ def test_safetensors_own_error_is_told_as_what_it_is(tmp_path: Path, monkeypatch
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     (tmp_path / "x.safetensors").write_bytes(b"old")
-    monkeypatch.setattr("lm_saes.tensors.save_file", full)
+    monkeypatch.setattr("lm_saes.storage.tensors.save_file", full)
     with pytest.raises(OSError, match="No space left on device") as error:
         save_tensors({"a": torch.zeros(3)}, tmp_path / "x.safetensors")
     assert error.value.errno == errno.ENOSPC

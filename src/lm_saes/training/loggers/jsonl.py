@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lm_saes.errors import DataError
-from lm_saes.files import write_text
+from lm_saes.storage.files import write_text
 
 _log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lm_saes.latents.axis import Axis
+from lm_saes.axes.axis import Axis
 from lm_saes.training.loggers.base import Logger, Loggers
 
 

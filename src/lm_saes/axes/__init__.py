@@ -1,0 +1,1 @@
+"""Axes: who holds which latents, tokens and sites of a run over several processes."""

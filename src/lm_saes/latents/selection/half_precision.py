@@ -1,0 +1,105 @@
+"""Selection from products in bfloat16, where autocast asks for them and the processor has instructions for them.
+
+Scale and bias are columns of the product, which adds them up in float32: what comes out is `s` itself, rounded once.
+
+Letters: N tokens, B tokens of a block, D width, F latents, J latents at a time, k of them wanted, P padded width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lm_saes.latents.encode.products import cpu_computes_in, product, product_dtype
+from lm_saes.latents.selection.bits import above_in_blocks, largest
+from lm_saes.latents.selection.bounds import BLOCK_BYTES, ROWS_AT_ONCE, WIDTH_OF, fill, in_parts, in_turn
+
+BIAS_PARTS = 3
+"""So many numbers in half precision add up to one in float32."""
+SHARES = 1.5
+"""So many times its share of a batch's entries is taken from each block of tokens."""
+
+
+def half_pays(x_ND: Tensor) -> bool:
+    """Whether products with these inputs are wanted in bfloat16, and fast."""
+    return (
+        x_ND.device.type == "cpu"
+        and x_ND.dtype == torch.float32
+        and product_dtype(x_ND) == torch.bfloat16
+        and cpu_computes_in(torch.bfloat16)
+    )
+
+
+def top_in_half(x_ND: Tensor, W_DF: Tensor, b_F: Tensor, scale_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest `s = (x W + b) * scale` of each token as products in bfloat16 have them, the positive ones of them
+    at least: their columns, and what `s` makes of `x W` there (float32), both `[N, k]`."""
+    columns_Nk = torch.empty(len(x_ND), k, dtype=torch.int64)
+    s_Nk = x_ND.new_empty(len(x_ND), k)
+    for tokens, s_BF in _products(x_ND, W_DF, b_F, scale_F):
+        columns_Bk = largest(s_BF, k)
+        columns_Nk[tokens], s_Nk[tokens] = columns_Bk, s_BF.gather(1, columns_Bk).float()
+    return columns_Nk, _linear(s_Nk, columns_Nk, b_F, scale_F)
+
+
+def batch_in_half(
+    x_ND: Tensor, W_DF: Tensor, b_F: Tensor, scale_F: Tensor | None, n: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Entries among which are the n largest positive `s` of the whole batch, and few others.
+
+    Their rows and columns, by row, `x W` and `s` there, all `[E]`. None if some block of tokens has so many more than
+    its share that they were not all taken.
+    """
+    flat_E, bits_E, floor = above_in_blocks(
+        (tokens.start, s_BF, n if len(s_BF) == len(x_ND) else int(SHARES * n * len(s_BF) / len(x_ND)))
+        for tokens, s_BF in _products(x_ND, W_DF, b_F, scale_F)
+    )
+    if floor > 1 and len(flat_E) < n:
+        return None
+    rows_E, s_E = flat_E // len(b_F), bits_E.view(torch.bfloat16).float()
+    columns_E = flat_E.sub_(rows_E * len(b_F))
+    return rows_E, columns_E, _linear(s_E, columns_E, b_F, scale_F), s_E
+
+
+def _products(x_ND: Tensor, W_DF: Tensor, b_F: Tensor, scale_F: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """`s` of some tokens after others, each written over the one before."""
+    x_NP, W_FP = _with_ones(x_ND), _scaled(W_DF, b_F, scale_F)
+    n_rows = max(1, BLOCK_BYTES // (2 * len(b_F)))
+    s_BF = x_NP.new_empty(min(len(x_ND), n_rows), len(b_F))
+    for tokens in in_turn(len(x_ND), n_rows):
+        yield tokens, product(x_NP[tokens], W_FP.T, out=s_BF[: tokens.stop - tokens.start])
+
+
+def _linear(s: Tensor, columns: Tensor, b_F: Tensor, scale_F: Tensor | None) -> Tensor:
+    """`x W` from `s`; where the scale is 0, so that `s` is, less the bias alone."""
+    if scale_F is not None:
+        scale = scale_F[columns]
+        s = torch.where(scale > 0, s / scale, 0.0)
+    return s - b_F[columns]
+
+
+def _with_ones(x_ND: Tensor) -> Tensor:
+    """Inputs in bfloat16, with a one for each part of the bias."""
+    n_tokens, width = x_ND.shape
+    x_NP = x_ND.new_empty(n_tokens, _padded(width), dtype=torch.bfloat16)
+    x_NP[:, :width] = x_ND
+    fill(x_NP[:, width:], [x_ND.new_ones(n_tokens)] * BIAS_PARTS)
+    return x_NP
+
+
+def _scaled(W_DF: Tensor, b_F: Tensor, scale_F: Tensor | None) -> Tensor:
+    """Weights in bfloat16, latent-major, with their bias."""
+    W_FD, width = W_DF.T, len(W_DF)
+    W_FP = W_DF.new_empty(len(b_F), _padded(width), dtype=torch.bfloat16)
+    if scale_F is None:
+        W_FP[:, :width] = W_FD
+    else:
+        for W_JP, W_JD, scale_J in zip(*(t.split(ROWS_AT_ONCE) for t in (W_FP, W_FD, scale_F)), strict=True):
+            W_JP[:, :width] = W_JD * scale_J[:, None]
+    fill(W_FP[:, width:], in_parts(b_F if scale_F is None else b_F * scale_F, BIAS_PARTS))
+    return W_FP
+
+
+def _padded(width: int) -> int:
+    return -(-(width + BIAS_PARTS) // WIDTH_OF) * WIDTH_OF

@@ -1,0 +1,162 @@
+"""Exact top-k selection at a fraction of a float32 product, on processors that multiply faster in bfloat16.
+
+A bfloat16 product bounds every pre-activation from above; the entries with the largest bounds are computed again in
+float32, and the k best of these are the k best of all if the worst of them reaches the bound of everything left out.
+Rows for which this cannot be shown are looked at with more candidates, and if need be in float32 as a whole. What is
+selected, and its values, are those of float32 arithmetic: only the search is done in less.
+
+Letters: N tokens, B tokens of a block, D width, F latents, E entries, C candidates of a token, k of them kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lm_saes import machine
+from lm_saes.latents import kernels
+from lm_saes.latents.encode.products import cpu_computes_in, product, product_dtype, rows_at_once
+from lm_saes.latents.selection.bits import above_in_blocks, largest
+from lm_saes.latents.selection.bounds import Bounds, loosened
+
+PROBE_ROWS = 128
+"""So many tokens are tried first."""
+WORTH_WHILE = 0.05
+"""Screening goes on if it fails for no more than this share of them."""
+CANDIDATES = (1.5, 1.75, 2.5, 4.5)
+"""So many times the entries that a token keeps are computed exactly: the first that is enough."""
+BATCH_CANDIDATES = 1.5
+"""So many times the entries that a batch keeps are computed exactly."""
+LARGE = 1 << 28
+"""Multiplications of a product that is worth screening."""
+FEWEST_TOKENS = 512
+"""Rounding the weights costs as much as the product of half as many tokens."""
+
+
+def screening_pays(x_ND: Tensor, n_latents: int, k: int) -> bool:
+    """Whether to try: float32 on a processor with faster half precision, and enough to multiply."""
+    return (
+        x_ND.device.type == "cpu"
+        and not machine.waits_cost(x_ND.device)
+        and product_dtype(x_ND) == x_ND.dtype == torch.float32
+        and len(x_ND) >= FEWEST_TOKENS
+        and len(x_ND) * x_ND.shape[1] * n_latents >= LARGE
+        and 16 * k <= n_latents
+        and cpu_computes_in(torch.bfloat16)
+    )
+
+
+def top_products(
+    x_ND: Tensor, W_DF: Tensor, b_F: Tensor, scale_F: Tensor | None, k: int
+) -> tuple[Tensor, Tensor] | None:
+    """The k largest `s = (x W + b) * scale` of each token: their columns and `x W` there, both `[N, k]`.
+
+    None if bounds turn out too loose for these inputs. Everything float32, on a CPU.
+    """
+    bounds, found, n_candidates = Bounds(x_ND, W_DF, b_F, scale_F), list[_Screened](), 0
+    for tokens in bounds.blocks():
+        x_BD, bounds_BF = x_ND[tokens], bounds.of(tokens)
+        if not found:
+            enough = _enough(bounds, x_BD[:PROBE_ROWS], bounds_BF[:PROBE_ROWS], k)
+            if enough is None:
+                return None
+            n_candidates, tried = enough
+            found.append(_look_again(tried, bounds, x_BD[:PROBE_ROWS], bounds_BF[:PROBE_ROWS], k))
+            x_BD, bounds_BF = x_BD[PROBE_ROWS:], bounds_BF[PROBE_ROWS:]
+        if len(x_BD):
+            found.append(_look_again(_top(bounds, x_BD, bounds_BF, k, n_candidates), bounds, x_BD, bounds_BF, k))
+    columns_Nk, products_Nk = torch.cat([f.columns_Bk for f in found]), torch.cat([f.products_Bk for f in found])
+    rest_X = torch.cat([~f.proven_B for f in found]).nonzero().squeeze(1)
+    if len(rest_X):
+        columns_Nk[rest_X], products_Nk[rest_X] = top_in_full(x_ND[rest_X], W_DF, b_F, scale_F, k)
+    return columns_Nk, products_Nk
+
+
+def top_in_full(x_ND: Tensor, W_DF: Tensor, b_F: Tensor, scale_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """What `top_products` gives, from whole products."""
+    shift_F = b_F if scale_F is None else b_F * scale_F
+    found: list[tuple[Tensor, Tensor]] = []
+    for _, product_BF in products_in_full(x_ND, W_DF, b_F):
+        columns_Bk = kernels.top_of_product(product_BF, scale_F, shift_F, k)
+        found.append((columns_Bk, product_BF.gather(1, columns_Bk)))
+    return torch.cat([c for c, _ in found]), torch.cat([p for _, p in found])
+
+
+def products_in_full(x_ND: Tensor, W_DF: Tensor, b_F: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """`x W` in blocks of tokens, each with the number of its first, computed in the type that autocast asks for and
+    written over the one before in the bias's."""
+    dtype = product_dtype(x_ND)
+    x_ND, W_DF = x_ND.to(dtype), W_DF.to(dtype)
+    n_rows = rows_at_once(x_ND.device, b_F.element_size() * len(b_F))
+    product_BF = b_F.new_empty(min(len(x_ND), n_rows), len(b_F))
+    for start in range(0, len(x_ND), n_rows):
+        x_BD = x_ND[start : start + n_rows]
+        yield start, product(x_BD, W_DF, out=product_BF[: len(x_BD)])
+
+
+@dataclass(frozen=True, eq=False)
+class _Screened:
+    columns_Bk: Tensor
+    products_Bk: Tensor
+    proven_B: Tensor
+    """Whether nothing else can be among the positive ones of the k largest."""
+
+
+def _enough(bounds: Bounds, x_BD: Tensor, bounds_BF: Tensor, k: int) -> tuple[int, _Screened] | None:
+    """How many candidates are enough for nearly all of these tokens, and what they find; None: not even the most."""
+    for excess in CANDIDATES:
+        n_candidates = min(int(excess * k), bounds_BF.shape[1])
+        found = _top(bounds, x_BD, bounds_BF, k, n_candidates)
+        if float(found.proven_B.float().mean()) >= 1 - WORTH_WHILE:
+            return n_candidates, found
+    return None
+
+
+def _look_again(found: _Screened, bounds: Bounds, x_BD: Tensor, bounds_BF: Tensor, k: int) -> _Screened:
+    """What was found, with the most candidates where it is not proven."""
+    rest_X = (~found.proven_B).nonzero().squeeze(1)
+    if len(rest_X):
+        most = min(int(CANDIDATES[-1] * k), bounds_BF.shape[1])
+        better = _top(bounds, x_BD[rest_X], bounds_BF[rest_X], k, most)
+        found.columns_Bk[rest_X], found.products_Bk[rest_X] = better.columns_Bk, better.products_Bk
+        found.proven_B[rest_X] = better.proven_B
+    return found
+
+
+def _top(bounds: Bounds, x_BD: Tensor, bounds_BF: Tensor, k: int, n_candidates: int) -> _Screened:
+    """The k largest `s` of each token, of so many candidates."""
+    columns_BC = largest(bounds_BF, n_candidates)
+    outside_B = bounds_BF.gather(1, columns_BC).amin(1).clamp(min=0)
+    rows_E = torch.arange(len(columns_BC)).repeat_interleave(columns_BC.shape[1])
+    products_E, s_E = bounds.exact(x_BD, rows_E, columns_BC.view(-1))
+    best = s_E.view_as(columns_BC).topk(k, dim=1, sorted=False)
+    proven_B = best.values.amin(1).clamp(min=0) >= loosened(outside_B)
+    return _Screened(
+        columns_BC.gather(1, best.indices), products_E.view_as(columns_BC).gather(1, best.indices), proven_B
+    )
+
+
+def batch_products(
+    x_ND: Tensor, W_DF: Tensor, b_F: Tensor, scale_F: Tensor | None, n: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Entries among which are the n largest positive `s = (x W + b) * scale` of the whole batch, and few others.
+
+    Their rows and columns, by row, `x W` and `s` there, all `[E]`. None if this cannot be shown. Everything float32,
+    on a CPU.
+    """
+    bounds = Bounds(x_ND, W_DF, b_F, scale_F)
+    flat_E, _, floor = above_in_blocks(
+        (tokens.start, bounds.of(tokens), int(BATCH_CANDIDATES * n * (tokens.stop - tokens.start) / len(x_ND)))
+        for tokens in bounds.blocks()
+    )
+    rows_E, columns_E = flat_E // len(b_F), flat_E % len(b_F)
+    products_E, s_E = bounds.exact(x_ND, rows_E, columns_E)
+    least = s_E.topk(n, sorted=False).values.amin() if len(s_E) >= n else s_E.new_zeros(())
+    outside = torch.tensor(floor, dtype=torch.int16).view(torch.bfloat16) if floor > 1 else x_ND.new_zeros(())
+    if not bool(least.clamp(min=0) >= loosened(outside)):
+        return None
+    likely_E = (s_E >= least).nonzero().squeeze(1)
+    return rows_E[likely_E], columns_E[likely_E], products_E[likely_E], s_E[likely_E]

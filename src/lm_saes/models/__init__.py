@@ -1,0 +1,1 @@
+"""Language models: sources of activations, and of weights that dictionaries may start from."""

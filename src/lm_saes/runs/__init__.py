@@ -1,0 +1,1 @@
+"""The commands: training, generation of activations, evaluation, and their settings."""
