@@ -16,15 +16,17 @@ import torch
 
 from lm_saes import SAEConfig
 from lm_saes.config import build
-from lm_saes.latents.activations import ReLU
-from lm_saes.latents.encode.linear import LinearEncoder, encode
+from lm_saes.latents.activations.relu import ReLU
+from lm_saes.latents.encode.encoders import LinearEncoder
+from lm_saes.latents.encode.linear import encode
+from lm_saes.latents.selection.selector import Selector
 from lm_saes.machine import keep_freed_memory
 
 
-def seconds(x: torch.Tensor, encoder: LinearEncoder, W_FD: torch.Tensor, activation: ReLU, dense: bool) -> float:
+def seconds(x: torch.Tensor, encoder: LinearEncoder, W_FD: torch.Tensor, selector: Selector, dense: bool) -> float:
     """Time of one forward and backward pass."""
     start = time.perf_counter()
-    code = encode(x, encoder, activation, None, None, dense=dense)
+    code = encode(x, encoder, selector, None, None, dense=dense)
     (code.decode(W_FD) - x).square().sum().backward()
     elapsed = time.perf_counter() - start
     for p in (*encoder.parameters(), W_FD):
@@ -43,7 +45,7 @@ def main() -> None:
     n_tokens, d_model = (128, 64) if quick else (2048, 576)
     cfg = build(SAEConfig, {"hook_point_in": "x", "hook_point_out": "x", "d_model": d_model, "expansion_factor": 16})
     d_sae = cfg.d_sae
-    activation = ReLU(cfg)
+    selector = Selector(ReLU(cfg.selection_settings))
     x = torch.randn(n_tokens, d_model)
     W_FD = torch.randn(d_sae, d_model).div_(d_model**0.5).requires_grad_()
     W_DF = W_FD.detach().clone().T.requires_grad_()
@@ -52,7 +54,7 @@ def main() -> None:
         bias = -(2**0.5) * torch.erfinv(torch.tensor(1 - 2 * density))
         encoder = LinearEncoder(W_DF, bias.expand(d_sae).clone().requires_grad_())
         runs = [
-            [seconds(x, encoder, W_FD, activation, dense) for dense in (False, True)] for _ in range(4 if quick else 8)
+            [seconds(x, encoder, W_FD, selector, dense) for dense in (False, True)] for _ in range(4 if quick else 8)
         ][2:]
         sparse, dense = (statistics.median(times) for times in zip(*runs, strict=True))
         print(f"{density:>8.1%}{sparse * 1e3:>9.0f} ms{dense * 1e3:>9.0f} ms{sparse / dense:>14.2f}", flush=True)

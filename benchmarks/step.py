@@ -36,7 +36,7 @@ from torch import Tensor
 
 from lm_saes import SparseAutoEncoder, Trainer, TrainerConfig
 from lm_saes.config import build
-from lm_saes.latents.encode.products import cpu_computes_in
+from lm_saes.latents.products import cpu_computes_in
 from lm_saes.machine import keep_freed_memory
 
 DEAD_SHARE = 0.1

@@ -1,4 +1,6 @@
-"""An example of every dictionary kind, for promises that all kinds keep. A new kind adds its settings to `VARIANTS`.
+"""An example of every dictionary kind, for promises that all kinds keep.
+
+A kind that `VARIANTS` does not name is enrolled with the settings that it cannot do without.
 
 A dictionary here is random in every parameter, knows its dataset norms, and has seen one batch in training mode, so
 that running thresholds are what they are after training.
@@ -16,6 +18,7 @@ from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.dictionaries.molt import MixtureOfLinearTransform
 
 from ..unit.dictionaries.twin import IN, OUT, THETA, random_batch
+from . import toy  # noqa: F401 (a kind that registers itself)
 
 _LORSA: dict[str, Any] = {"hook_point_in": IN, "hook_point_out": OUT, "n_qk_heads": 24, "d_qk_head": 4, "n_ctx": 5}
 _RANKS = {1: 10, 3: 8, 9: 6}
@@ -64,9 +67,18 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 NORMS = ("token-wise", "batch-wise", "dataset-wise", "inference")
 
 
+def enrol() -> None:
+    """Give every registered kind that has no variants here one, from the hook points that its config requires."""
+    BaseSAEConfig.kind("sae")  # imports all kinds
+    for kind, config in BaseSAEConfig.registry.items():
+        needed = {name for name, field in config.model_fields.items() if field.is_required()}
+        hooks = {name: IN for name in needed - {"d_model", "expansion_factor", "sae_type"}}
+        VARIANTS.setdefault(kind, {kind: hooks, "ungated": hooks | {"sparsity_include_decoder_norm": False}})
+
+
 def variants() -> list[Any]:
     """Every kind in every variant with every activation function that it admits."""
-    BaseSAEConfig.kind("sae")  # imports all kinds
+    enrol()
     return [
         pytest.param(kind, name, act_fn, id=f"{kind}-{name}-{act_fn}")
         for kind in AbstractSparseAutoEncoder.kinds

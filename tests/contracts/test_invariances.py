@@ -108,8 +108,8 @@ def test_unit_decoder_norm_keeps_the_function(kind: str, variant: str, act_fn: s
 
 def no_unit_norm(kind: str, variant: str, act_fn: str) -> str | None:
     """Why decoder norms cannot be moved into the encoder, where they cannot."""
-    if kind == "crosscoder":
-        return "share one encoder"
+    if kind in ("crosscoder", "tied"):
+        return "share one encoder" if kind == "crosscoder" else "cannot take in"
     return "without gating" if variant == "ungated" and "topk" in act_fn else None
 
 

@@ -28,6 +28,8 @@ from lm_saes.training.pace import Pace
 from lm_saes.training.run import Run
 from lm_saes.training.update import update
 
+from ..contracts import toy  # noqa: F401 (a kind that registers itself)
+
 D, CONTEXTS, LENGTH = 6, 8, 5
 REPORT = 5
 """Steps between reports."""
@@ -40,6 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "molt": {"hook_point_in": "a", "hook_point_out": "b", "rank_counts": {1: 12, 3: 8, 9: 4}},
     "lorsa": {"hook_point_in": "a", "hook_point_out": "b", "n_qk_heads": 8, "d_qk_head": 4, "n_ctx": LENGTH,
               "rotary_dim": 4, "use_post_qk_ln": True, "normalization_type": "RMS"},
+    "tied": {"hook_point_in": "a", "hook_point_out": "a"},
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ specification. It never knows about processes: latents elsewhere are met through
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -21,6 +21,7 @@ from lm_saes.dictionaries.files import Stored, read_k, read_provenance
 from lm_saes.dictionaries.initializing import Initializing
 from lm_saes.dictionaries.loss_result import LossResult
 from lm_saes.dictionaries.normalization import Normalizing
+from lm_saes.dictionaries.rows import flat_mask
 from lm_saes.dictionaries.selection import Selecting
 from lm_saes.errors import CheckpointError, ConfigError
 from lm_saes.latents.codes import Code
@@ -32,7 +33,7 @@ from lm_saes.losses.settings import LossSettings
 logger = logging.getLogger(__name__)
 
 
-class AbstractSparseAutoEncoder(Initializing, Selecting, Normalizing, Stored, ABC):
+class AbstractSparseAutoEncoder(Initializing, Selecting, Normalizing, Stored):
     """A dictionary of sparse latents for a language model's activations.
 
     Activations come as a batch: a mapping from hook point to `[batch, d]` or `[batch, seq, d]`, with `tokens` and an
@@ -73,20 +74,29 @@ class AbstractSparseAutoEncoder(Initializing, Selecting, Normalizing, Stored, AB
         """What `decode` is to reconstruct, from a (normalised) batch."""
 
     @abstractmethod
-    def encode_sparse(self, x: Tensor, mask: Tensor | None = None) -> Code:
-        """The latents of `x [..., d]` as a code; only batch-wide selection looks at the mask."""
+    def rows_of(self, x: Tensor) -> Tensor:
+        """Activations as `prepare_input` or `prepare_label` gives them, by site and token: `[G, N, d]`."""
+
+    @abstractmethod
+    def latents_of(self, latents_RF: Tensor, x: Tensor) -> Tensor:
+        """Dense latents of a code's rows, with the dimensions that those of `x` have."""
+
+    @abstractmethod
+    def _encode_rows(self, x: Tensor, mask_N: Tensor | None, norm: Tensor) -> Code:
+        """The latents of normalised activations as a code: rows are (token, site), token-major.
+
+        Args:
+            mask_N: valid tokens; only batch-wide selection looks at it.
+            norm: what `decoder_norm` gives.
+        """
+
+    @abstractmethod
+    def _decode_code(self, code: Code, x: Tensor) -> Tensor:
+        """The (normalised) reconstruction of a code, `[G, N, d]`; `x` is what was encoded."""
 
     @abstractmethod
     def hidden_pre(self, x: Tensor) -> Tensor:
         """Dense pre-activations `h`, `[..., F]`."""
-
-    @abstractmethod
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        """The (normalised) reconstruction of dense latents `[..., F]`."""
-
-    @abstractmethod
-    def make_record(self, batch: Mapping[str, Any]) -> Record:
-        """One forward pass over a normalised batch."""
 
     @abstractmethod
     def pre_activation_loss(self, record: Record) -> Tensor:
@@ -139,26 +149,47 @@ class AbstractSparseAutoEncoder(Initializing, Selecting, Normalizing, Stored, AB
 
     def attach(self, axes: Axes) -> None:
         """Let latents, batches, and the weights of sites be parts of what these axes cut."""
-        self.axes = self.activation_function.axes = axes
+        self.axes = axes
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def encode(self, x: Tensor, return_hidden_pre: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Dense latents `[..., F]` of normalised activations (and the dense pre-activations `h`)."""
-        latents = self.encode_sparse(x).dense().view(*x.shape[:-1], -1)
+        """Dense latents of normalised activations (and the dense pre-activations `h`)."""
+        latents = self.latents_of(self.encode_sparse(x).dense(), x)
         return (latents, self.hidden_pre(x)) if return_hidden_pre else latents
+
+    def encode_sparse(self, x: Tensor, mask: Tensor | None = None) -> Code:
+        """The latents of normalised activations as a code; only batch-wide selection looks at the mask."""
+        return self._encode_rows(x, flat_mask(mask), self.decoder_norm())
+
+    @abstractmethod
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """The (normalised) reconstruction of dense latents."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct normalised activations: normalised in, normalised out."""
-        return self.decode(self.encode(x))  # type: ignore[arg-type]
+        return self._decode_code(self.encode_sparse(x), x).reshape(x.shape)
 
     def record(self, batch: Mapping[str, Any]) -> Record:
         """One forward pass over raw activations."""
         return self.make_record(self.normalize_activations(batch))
 
-    @abstractmethod
+    def make_record(self, batch: Mapping[str, Any]) -> Record:
+        """One forward pass over a normalised batch."""
+        x = self.prepare_input(batch)
+        x_GND = y_GND = self.rows_of(x)
+        if self.cfg.hook_points_read != self.cfg.hook_points_written:
+            y_GND = self.rows_of(self.prepare_label(batch))
+        mask_N, norm = flat_mask(batch.get("mask")), self.decoder_norm()
+        code = self._encode_rows(x, mask_N, norm)
+        y_hat_GND, norm_SF = self._decode_code(code, x), norm.view(code.n_sites, -1)
+        return Record(x_GND, y_GND, code, y_hat_GND, mask_N, norm_SF, code.n_sites, self.axes)
+
     def reconstruct(self, batch: Mapping[str, Any]) -> Tensor:
         """Raw activations in, raw reconstruction out, in every mode; of `batch` only what is read needs to be there."""
+        x = self.prepare_input(self.normalize_activations(batch))
+        y_GND = self._decode_code(self.encode_sparse(x, batch.get("mask")), x)
+        return self.denormalize_activations(batch, y_GND.reshape(x.shape))
 
     def compute_loss(
         self,
@@ -187,7 +218,12 @@ class AbstractSparseAutoEncoder(Initializing, Selecting, Normalizing, Stored, AB
         settings = LossSettings(sparsity_loss_type, tanh_stretch_coefficient, frequency_scale, p,
                                 l1_coefficient, lp_coefficient, auxk_coefficient, k_aux)  # fmt: skip
         record = self.make_record(batch)
-        result = LossResult(self, batch, record, settings)
+        result = LossResult(record, settings, batch.get("mask"), {
+            "label": lambda: self.prepare_label(batch),
+            "reconstructed": lambda: record.reconstruction.view(self.prepare_label(batch).shape),
+            "feature_acts": lambda: self.latents_of(record.code.dense(), self.prepare_label(batch)),
+            "hidden_pre": lambda: self.hidden_pre(self.prepare_input(batch)),
+        })  # fmt: skip
         if update_dead_statistics is not None:
             with torch.no_grad():
                 tokens = ("batch", "context")[: batch["tokens"].ndim]

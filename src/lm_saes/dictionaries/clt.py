@@ -23,8 +23,8 @@ from lm_saes.dictionaries.files import check_fit
 from lm_saes.dictionaries.rows import active_directions, scale_to, valid_rows
 from lm_saes.dictionaries.sites import SitedDictionary, side_by_side
 from lm_saes.latents.codes import Code
+from lm_saes.latents.encode.encoders import LayeredEncoder, LinearEncoder
 from lm_saes.latents.encode.hidden import Hidden
-from lm_saes.latents.encode.linear import LayeredEncoder, LinearEncoder
 from lm_saes.latents.gradients.rows import chosen_rows
 from lm_saes.latents.record import Record, squared_length
 from lm_saes.losses.dead_latents import DeadList, strongest
@@ -124,13 +124,8 @@ class CrossLayerTranscoder(SitedDictionary):
         h_RF = self.encoder.pre_activations(side_by_side(x.flatten(1, -2)))
         return h_RF.view(*x.shape[1:-1], self.cfg.n_layers, -1)
 
-    def _decode_code(self, code: Code) -> Tensor:
+    def _decode_code(self, code: Code, x: Tensor) -> Tensor:
         return self._add_up([code.site(i).decode(self.decoders[i]) for i in range(self.cfg.n_layers)])
-
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        f_LNF = feature_acts.flatten(0, -3).transpose(0, 1)
-        y_LND = self._add_up([f_NF @ D_FTD.flatten(1) for f_NF, D_FTD in zip(f_LNF, self.decoders, strict=True)])
-        return y_LND.view(self.cfg.n_layers, *feature_acts.shape[:-2], -1)
 
     def _add_up(self, written: list[Tensor], bias: bool = True) -> Tensor:
         """`y [L, N, D]` from what each source layer writes to its targets, `[N, (L - i) D]`."""

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from lm_saes.config import LENIENT, BaseConfig, DType, describe
 from lm_saes.errors import CheckpointError, ConfigError
 from lm_saes.latents.activations import ActivationFunction
+from lm_saes.latents.activations.base import SelectionSettings
 from lm_saes.storage.files import write_json
 from lm_saes.storage.manifest import check_file
 
@@ -115,6 +116,13 @@ class BaseSAEConfig(BaseConfig):
     def n_selection_pools(self) -> int:
         """Pools of entries that batch-wide selection picks from, each for itself."""
         return 1
+
+    @property
+    def selection_settings(self) -> SelectionSettings:
+        """What the activation function reads."""
+        return SelectionSettings(
+            self.top_k, self.jumprelu_threshold_window, self.threshold_shape, self.n_selection_pools
+        )
 
     @property
     @abstractmethod

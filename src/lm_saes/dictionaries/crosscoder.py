@@ -22,8 +22,8 @@ from lm_saes.dictionaries.config import ALL_ACTIVATIONS, BaseSAEConfig
 from lm_saes.dictionaries.rows import active_directions, scale_to, valid_rows
 from lm_saes.dictionaries.sites import SitedDictionary, side_by_side
 from lm_saes.latents.codes import Code
+from lm_saes.latents.encode.encoders import LinearEncoder
 from lm_saes.latents.encode.hidden import Hidden
-from lm_saes.latents.encode.linear import LinearEncoder
 from lm_saes.latents.gradients.rows import chosen_rows
 from lm_saes.latents.record import Record
 from lm_saes.losses.dead_latents import DeadList, auxk
@@ -90,20 +90,11 @@ class CrossCoder(SitedDictionary):
         x_NX = side_by_side(self.own_sites(x.flatten(1, -2)))
         return self._shared_encoder.pre_activations(x_NX).view(*x.shape[1:-1], -1)
 
-    def _decode_code(self, code: Code) -> Tensor:
+    def _decode_code(self, code: Code, x: Tensor) -> Tensor:
         own = code.of_sites(self.own_sites(range(self.n_sites)), self.axes.sites)
         y_RD = self.axes.latents.leave(own.decode(self.W_D))
-        return self._all_heads(y_RD.view(-1, len(self.W_D), self.cfg.d_model).transpose(0, 1))
-
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        f_HNF = self.own_sites(self.axes.sites.enter(feature_acts.movedim(-2, 0)))
-        return self._all_heads(self.axes.latents.leave(torch.einsum("h...f,hfd->h...d", f_HNF, self.W_D)))
-
-    def _all_heads(self, y: Tensor) -> Tensor:
-        """The reconstruction `[H, ..., D]` from what the heads that are here decode; adds their biases."""
-        if self.b_D is not None:
-            y = y + self.b_D.view(len(self.b_D), *[1] * (y.ndim - 2), -1)
-        return self.axes.sites.beside(y)
+        y_HND = y_RD.view(-1, len(self.W_D), self.cfg.d_model).transpose(0, 1)
+        return self.axes.sites.beside(y_HND if self.b_D is None else y_HND + self.b_D[:, None])
 
     def latent_counts(self, record: Record) -> Tensor:
         """A latent counts as active on as many tokens as its most active head."""

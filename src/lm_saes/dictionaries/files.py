@@ -8,7 +8,7 @@ in use that is not the config's `top_k` (a k schedule that has not ended) is not
 from __future__ import annotations
 
 import json
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ _NORM_KEY = "dataset_average_activation_norm."
 OPTIONAL_KEYS = frozenset({"activation_function.batch_topk_threshold"})
 
 
-class Stored(nn.Module):
+class Stored(nn.Module, ABC):
     """The part of a dictionary that turns it into named tensors and files, and back."""
 
     cfg: BaseSAEConfig

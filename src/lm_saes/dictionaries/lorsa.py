@@ -14,14 +14,13 @@ Letters: B contexts, S positions, N = B * S tokens, G query-key heads, E their w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lm_saes.dictionaries.lorsa_config import LorsaConfig
-from lm_saes.dictionaries.rows import active_directions, flat_mask, scale_to, valid_rows
+from lm_saes.dictionaries.rows import active_directions, scale_to, valid_rows
 from lm_saes.dictionaries.single import SingleDictionary
 from lm_saes.errors import ConfigError, DataError
 from lm_saes.latents.attention import HeadNorm, attend, contexts, pattern, project, refuse_left_padding
@@ -36,14 +35,6 @@ if TYPE_CHECKING:
     from lm_saes.models.attention_weights import AttentionWeights
 
 _OLD_BUFFERS = frozenset({"mask", "IGNORE", "rotary_sin", "rotary_cos"})
-
-
-@dataclass(frozen=True, eq=False)
-class _Attended(Record):
-    """A record that keeps the pre-activations: making them again would be the whole attention again."""
-
-    hidden_pre: Tensor | None = None
-    """`[N, F]`; differentiable."""
 
 
 class LowRankSparseAttention(SingleDictionary):
@@ -97,40 +88,30 @@ class LowRankSparseAttention(SingleDictionary):
         """How much each query-key head attends, `[batch, n_qk_heads, seq, seq]` (to, from), for normalised `x`."""
         return pattern(*self._queries_and_keys(contexts(x, self.cfg.n_ctx)), self.cfg.score_scale)
 
-    def encode_sparse(self, x: Tensor, mask: Tensor | None = None) -> Code:
-        scale_F = self.selection_scale(self.decoder_norm())
-        return select(self.hidden_pre(x).flatten(0, 1), self.activation_function, scale_F, flat_mask(mask))
+    def _encode_rows(self, x: Tensor, mask_N: Tensor | None, norm: Tensor) -> Code:
+        """The code keeps its pre-activations: making them again would be the whole attention again."""
+        h_NF = self.hidden_pre(x).flatten(0, 1)
+        code = select(h_NF, self.selector, self.selection_scale(norm), mask_N)
+        code.hidden = Hidden.around(h_NF)
+        return code
 
-    def _decode_code(self, code: Code) -> Tensor:
-        return self._add_bias(self.axes.latents.leave(code.decode(self.W_O)))
-
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        return self._add_bias(self.axes.latents.leave(feature_acts @ self.W_O))
+    def _decode_code(self, code: Code, x: Tensor) -> Tensor:
+        return self._add_up(code.decode(self.W_O))
 
     def make_record(self, batch: Mapping[str, Any]) -> Record:
-        x_BSD, y_BSD = self.prepare_input(batch), self.prepare_label(batch)
         refuse_left_padding(batch["tokens"], batch.get("mask"))
-        mask_N, norm_F = flat_mask(batch.get("mask")), self.decoder_norm()
-        h_NF = self.hidden_pre(x_BSD).flatten(0, 1)
-        code = select(h_NF, self.activation_function, self.selection_scale(norm_F), mask_N)
-        return _Attended(x_BSD.flatten(0, 1)[None], y_BSD.flatten(0, 1)[None], code, self._decode_code(code)[None],
-                         mask_N, norm_F[None], axes=self.axes, hidden_pre=h_NF)  # fmt: skip
-
-    def reconstruct(self, batch: Mapping[str, Any]) -> Tensor:
-        x = self.prepare_input(self.normalize_activations(batch))
-        y_ND = self._decode_code(self.encode_sparse(x, batch.get("mask")))
-        return self.denormalize_activations(batch, y_ND.view(x.shape))
+        return super().make_record(batch)
 
     # -- losses ----------------------------------------------------------------------------------------------------
 
     def pre_activation_loss(self, record: Record) -> Tensor:
         """Gated `sum_i relu(theta_i - h_i norm_i)`, else `sum_i relu(theta_i - h_i) norm_i`; mean over tokens."""
-        hidden = Hidden.around(_hidden(record))
+        hidden = _hidden(record)
         return record.row_mean_of_sum(self.axes.latents.leave(self.shortfall(hidden, record.norm[0], record.mask)))
 
     def dead_latent_loss(self, record: Record, dead: Sequence[DeadList], k_aux: int) -> Tensor:
         scale_X, latents = dead[0].scale(self.selection_scale(record.norm[0])), dead[0].latents
-        h_NX = _hidden(record).index_select(1, latents)
+        h_NX = _hidden(record).values.index_select(1, latents)
         return auxk(record, h_NX, scale_X, chosen_rows(self.W_O, self.W_O, latents), k_aux)
 
     # -- norms, folding --------------------------------------------------------------------------------------------
@@ -253,9 +234,8 @@ class LowRankSparseAttention(SingleDictionary):
         return self.compute_norm_factor(self.W_Q, self.cfg.hook_point_in)
 
 
-def _hidden(record: Record) -> Tensor:
-    """The pre-activations that `make_record` kept."""
-    h_NF = getattr(record, "hidden_pre", None)
-    if h_NF is None:
+def _hidden(record: Record) -> Hidden:
+    """The pre-activations that `_encode_rows` kept."""
+    if record.code.hidden is None:
         raise DataError("this record is not one of a Lorsa: it has no pre-activations")
-    return h_NF
+    return record.code.hidden

@@ -11,18 +11,18 @@ needs lies together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, ValidationInfo, model_validator
 from torch import Tensor, nn
 
-from lm_saes.dictionaries.rows import flat_mask, scale_to
+from lm_saes.dictionaries.rows import scale_to
 from lm_saes.dictionaries.single import LinearlyEncoded, SingleConfig
 from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import Code, DenseCode
-from lm_saes.latents.encode.linear import encode
+from lm_saes.latents.encode.encoders import LinearEncoder
 from lm_saes.latents.encode.transforms import DENSITY_SCALE, Transforms, active_code
 from lm_saes.latents.record import Record, squared_length
 from lm_saes.losses.dead_latents import DeadList, strongest
@@ -66,6 +66,7 @@ class MixtureOfLinearTransform(LinearlyEncoded):
 
     config_class = MOLTConfig
     reads_uniform_bounds = False
+    density_scale = DENSITY_SCALE
     cfg: MOLTConfig  # type: ignore[assignment]
 
     def __init__(self, cfg: MOLTConfig) -> None:
@@ -82,43 +83,24 @@ class MixtureOfLinearTransform(LinearlyEncoded):
     # -- forward ---------------------------------------------------------------------------------------------------
 
     @property
+    def encoder(self) -> LinearEncoder:
+        """The encoder's weights."""
+        return LinearEncoder(self.W_E, self.b_E)
+
+    @property
     def transforms(self) -> Transforms:
         """All transforms, in the order of latents."""
         return Transforms([(self.U_matrices[str(rank)], self.V_matrices[str(rank)]) for rank in self.cfg.ranks])
 
-    def encode_sparse(self, x: Tensor, mask: Tensor | None = None) -> Code:
-        return self._encode_rows(x.reshape(-1, x.shape[-1]), flat_mask(mask), self.decoder_norm())
-
-    def _encode_rows(self, x_ND: Tensor, mask_N: Tensor | None, norm_F: Tensor) -> Code:
-        x_ND, scale_F = self.axes.latents.enter(x_ND), self.selection_scale(norm_F)
-        return encode(x_ND, self.encoder, self.activation_function, scale_F, mask_N, density_scale=DENSITY_SCALE)
-
-    def _decode_code(self, code: Code, x_ND: Tensor) -> Tensor:
-        return self._add_bias(self.axes.latents.leave(self.transforms.mix(code, self.axes.latents.enter(x_ND))))
+    def _decode_code(self, code: Code, x: Tensor) -> Tensor:
+        return self._add_up(self.transforms.mix(code, self.axes.latents.enter(self.rows_of(x)[0])))
 
     def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
         """The (normalised) reconstruction of dense latents `[..., F]`, which transform the (normalised) input `x`."""
         if x is None:
             raise ConfigError("decode: the latents of a mixture of linear transforms act on its input; give x")
         f_NF = feature_acts.reshape(-1, self.n_latents)
-        code = DenseCode(f_NF) if f_NF.requires_grad else active_code(f_NF)
-        return self._decode_code(code, x.reshape(-1, self.cfg.d_model)).view(x.shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._decode_code(self.encode_sparse(x), x.reshape(-1, self.cfg.d_model)).view(x.shape)
-
-    def make_record(self, batch: Mapping[str, Any]) -> Record:
-        x_ND = self.prepare_input(batch).reshape(-1, self.cfg.d_model)
-        y_ND = self.prepare_label(batch).reshape(-1, self.cfg.d_model)
-        mask_N, norm_F = flat_mask(batch.get("mask")), self.decoder_norm()
-        code = self._encode_rows(x_ND, mask_N, norm_F)
-        y_hat_ND = self._decode_code(code, x_ND)
-        return Record(x_ND[None], y_ND[None], code, y_hat_ND[None], mask_N, norm_F[None], axes=self.axes)
-
-    def reconstruct(self, batch: Mapping[str, Any]) -> Tensor:
-        x = self.prepare_input(self.normalize_activations(batch))
-        y_ND = self._decode_code(self.encode_sparse(x, batch.get("mask")), x.reshape(-1, self.cfg.d_model))
-        return self.denormalize_activations(batch, y_ND.view(x.shape))
+        return self._decode_code(DenseCode(f_NF) if f_NF.requires_grad else active_code(f_NF), x).view(x.shape)
 
     # -- losses ----------------------------------------------------------------------------------------------------
 
@@ -147,6 +129,10 @@ class MixtureOfLinearTransform(LinearlyEncoded):
         for (U_nDr, V_nrD), root_n in zip(self.transforms.groups, roots, strict=True):
             U_nDr.mul_(root_n[:, None, None])
             V_nrD.mul_(root_n[:, None, None])
+
+    @torch.no_grad()
+    def set_encoder_to_fixed_norm(self, value: float) -> None:
+        self.W_E.mul_(scale_to(value, self.encoder_norm(keepdim=True)))
 
     @torch.no_grad()
     def set_decoder_to_fixed_norm(self, value: float, force_exact: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, overload
 
@@ -16,7 +16,7 @@ NORM_BATCHES = 8
 """Batches over which the dataset-wise norm is measured."""
 
 
-class Normalizing(nn.Module):
+class Normalizing(nn.Module, ABC):
     """The part of a dictionary that brings raw activations to an average norm of sqrt(d_model)."""
 
     cfg: BaseSAEConfig

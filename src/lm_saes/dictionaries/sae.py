@@ -17,10 +17,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lm_saes.dictionaries.rows import active_directions, flat_mask, scale_to, valid_rows
+from lm_saes.dictionaries.rows import active_directions, scale_to, valid_rows
 from lm_saes.dictionaries.single import LinearlyEncoded, SingleConfig
 from lm_saes.latents.codes import Code
-from lm_saes.latents.encode.linear import LinearEncoder, encode
+from lm_saes.latents.encode.encoders import LinearEncoder
 from lm_saes.latents.gradients.rows import chosen_rows
 from lm_saes.latents.record import Record
 from lm_saes.losses.dead_latents import DeadList, auxk
@@ -68,34 +68,10 @@ class SparseAutoEncoder(LinearlyEncoded):
         """The encoder's weights."""
         if self.cfg.use_glu_encoder:
             return LinearEncoder(self.W_E, self.b_E, self.W_E_glu, self.b_E_glu)
-        return super().encoder
+        return LinearEncoder(self.W_E, self.b_E)
 
-    def encode_sparse(self, x: Tensor, mask: Tensor | None = None) -> Code:
-        return self._encode_rows(x.reshape(-1, x.shape[-1]), mask, self.decoder_norm())
-
-    def _encode_rows(self, x_ND: Tensor, mask: Tensor | None, norm_F: Tensor) -> Code:
-        scale_F = self.selection_scale(norm_F)
-        return encode(self.axes.latents.enter(x_ND), self.encoder, self.activation_function, scale_F, flat_mask(mask))
-
-    def _decode_code(self, code: Code) -> Tensor:
-        return self._add_bias(self.axes.latents.leave(code.decode(self.W_D)))
-
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        return self._add_bias(self.axes.latents.leave(feature_acts @ self.W_D))
-
-    def make_record(self, batch: Mapping[str, Any]) -> Record:
-        x_ND = self.prepare_input(batch).reshape(-1, self.cfg.d_model)
-        y_ND = self.prepare_label(batch).reshape(-1, self.cfg.d_model)
-        mask_N = flat_mask(batch.get("mask"))
-        norm_F = self.decoder_norm()
-        code = self._encode_rows(x_ND, mask_N, norm_F)
-        y_hat_ND = self._decode_code(code)
-        return Record(x_ND[None], y_ND[None], code, y_hat_ND[None], mask_N, norm_F[None], axes=self.axes)
-
-    def reconstruct(self, batch: Mapping[str, Any]) -> Tensor:
-        x = self.prepare_input(self.normalize_activations(batch))
-        y_ND = self._decode_code(self.encode_sparse(x, batch.get("mask")))
-        return self.denormalize_activations(batch, y_ND.view(x.shape))
+    def _decode_code(self, code: Code, x: Tensor) -> Tensor:
+        return self._add_up(code.decode(self.W_D))
 
     # -- losses ----------------------------------------------------------------------------------------------------
 
@@ -108,6 +84,10 @@ class SparseAutoEncoder(LinearlyEncoded):
 
     def decoder_norm(self, keepdim: bool = False) -> Tensor:
         return torch.linalg.vector_norm(self.W_D, dim=1, keepdim=keepdim)
+
+    @torch.no_grad()
+    def set_encoder_to_fixed_norm(self, value: float) -> None:
+        self.W_E.mul_(scale_to(value, self.encoder_norm(keepdim=True)))
 
     @torch.no_grad()
     def set_decoder_to_fixed_norm(self, value: float, force_exact: bool) -> None:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
+from lm_saes.axes.axis import Axes
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.errors import ConfigError
 from lm_saes.latents.activations import ActivationFunction
 from lm_saes.latents.encode.hidden import Hidden
+from lm_saes.latents.selection.density import DensityMemory
+from lm_saes.latents.selection.selector import Selector
 
 
-class Selecting(nn.Module):
+class Selecting(nn.Module, ABC):
     """Selection by an activation function on `s = h norm` (gated) or `s = h`."""
 
     cfg: BaseSAEConfig
+    axes: Axes
     activation_function: ActivationFunction
+    density: DensityMemory
     selection_norm: Tensor | None
     """Norms that gating uses instead of the decoder's, where folding has changed these unevenly."""
 
@@ -27,8 +32,14 @@ class Selecting(nn.Module):
 
     def build_selection(self) -> None:
         """Make the activation function that the config names."""
-        self.activation_function = ActivationFunction.registry[self.cfg.act_fn](self.cfg)
+        self.activation_function = ActivationFunction.registry[self.cfg.act_fn](self.cfg.selection_settings)
+        self.density = DensityMemory()
         self.register_buffer("selection_norm", None)
+
+    @property
+    def selector(self) -> Selector:
+        """What encoders select with."""
+        return Selector(self.activation_function, self.axes, self.density)
 
     def selection_scale(self, norm: Tensor) -> Tensor | None:
         """What selection multiplies `h` by: the decoder norms with gating, else None (no gradient either way)."""

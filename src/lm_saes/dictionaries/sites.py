@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.normalization import geometric_median
-from lm_saes.dictionaries.rows import flat_mask, hook_rows, scale_to, valid_rows
+from lm_saes.dictionaries.rows import hook_rows, scale_to, valid_rows
 from lm_saes.errors import ConfigError
-from lm_saes.latents.codes import Code
-from lm_saes.latents.encode.linear import Encoder, encode
-from lm_saes.latents.record import Record
+from lm_saes.latents.codes import Code, DenseCode
+from lm_saes.latents.encode.encoders import Encoder
+from lm_saes.latents.encode.linear import encode
 
 Each = TypeVar("Each", Tensor, range, list[str])
 
@@ -41,10 +41,6 @@ class SitedDictionary(AbstractSparseAutoEncoder):
     def decoder_biases(self) -> Iterable[Tensor]:
         """The decoder bias of each site; none if biases are off."""
 
-    @abstractmethod
-    def _decode_code(self, code: Code) -> Tensor:
-        """The reconstruction `[S, N, D]` of a code."""
-
     @property
     def n_sites(self) -> int:
         """Number of sites S."""
@@ -62,33 +58,24 @@ class SitedDictionary(AbstractSparseAutoEncoder):
     def prepare_label(self, batch: Mapping[str, Any]) -> Tensor:
         return torch.stack([hook_rows(batch, hook, self.cfg.d_model) for hook in self.cfg.hook_points_written])
 
-    def encode(self, x: Tensor, return_hidden_pre: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Dense latents `[..., S, F]` of normalised activations `[S, ..., D]` (and what `hidden_pre` gives)."""
-        latents = self.encode_sparse(x).dense().view(*x.shape[1:-1], self.n_sites, -1)
-        return (latents, self.hidden_pre(x)) if return_hidden_pre else latents
+    def rows_of(self, x: Tensor) -> Tensor:
+        return x.flatten(1, -2)
 
-    def encode_sparse(self, x: Tensor, mask: Tensor | None = None) -> Code:
-        return self._encode_rows(x.flatten(1, -2), flat_mask(mask), self.decoder_norm())
+    def latents_of(self, latents_RF: Tensor, x: Tensor) -> Tensor:
+        return latents_RF.view(*x.shape[1:-1], self.n_sites, -1)
 
-    def _encode_rows(self, x_SND: Tensor, mask_N: Tensor | None, norm_SF: Tensor) -> Code:
-        x_NX = self.axes.latents.enter(side_by_side(self.own_sites(self.axes.sites.enter(x_SND))))
-        return encode(x_NX, self.encoder, self.activation_function, self.selection_scale(norm_SF), mask_N)
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """The (normalised) reconstruction `[S, ..., D]` of dense latents `[..., S, F]`."""
+        code = DenseCode(feature_acts.reshape(-1, feature_acts.shape[-1]), self.n_sites)
+        return self._decode_code(code, feature_acts).reshape(self.n_sites, *feature_acts.shape[:-2], -1)
 
-    def make_record(self, batch: Mapping[str, Any]) -> Record:
-        x_SND = self.prepare_input(batch).flatten(1, -2)
-        same = self.cfg.hook_points_read == self.cfg.hook_points_written
-        y_SND = x_SND if same else self.prepare_label(batch).flatten(1, -2)
-        mask_N, norm_SF = flat_mask(batch.get("mask")), self.decoder_norm()
-        code = self._encode_rows(x_SND, mask_N, norm_SF)
-        return Record(x_SND, y_SND, code, self._decode_code(code), mask_N, norm_SF, self.n_sites, self.axes)
+    def _encode_rows(self, x: Tensor, mask_N: Tensor | None, norm: Tensor) -> Code:
+        own_SND = self.own_sites(self.axes.sites.enter(self.rows_of(x)))
+        x_NX = self.axes.latents.enter(side_by_side(own_SND))
+        return encode(x_NX, self.encoder, self.selector, self.selection_scale(norm), mask_N)
 
     def denormalize_activations(self, batch: Mapping[str, Any], reconstruction: Tensor) -> Tensor:
         return self.denormalize_sites(batch, reconstruction, self.cfg.hook_points_written)
-
-    def reconstruct(self, batch: Mapping[str, Any]) -> Tensor:
-        x = self.prepare_input(self.normalize_activations(batch))
-        y_SND = self._decode_code(self.encode_sparse(x, batch.get("mask")))
-        return self.denormalize_activations(batch, y_SND.reshape(x.shape))
 
     def encoder_norm(self, keepdim: bool = False) -> Tensor:
         return self.axes.sites.beside(torch.linalg.vector_norm(self.W_E, dim=1, keepdim=keepdim))

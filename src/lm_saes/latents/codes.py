@@ -16,7 +16,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,11 +23,9 @@ from torch import Tensor
 from lm_saes import machine
 from lm_saes.axes.axis import ALONE, Axis
 from lm_saes.latents import kernels
+from lm_saes.latents.encode.hidden import Hidden
 from lm_saes.latents.gradients.rows import RowGradients, receiver
 from lm_saes.latents.offsets import offsets_of_lengths, offsets_of_rows
-
-if TYPE_CHECKING:
-    from lm_saes.latents.encode.hidden import Hidden
 
 
 @dataclass(frozen=True)

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lm_saes.axes.axis import Axes
 from lm_saes.latents.record import Record
-from lm_saes.losses.dead_latents import list_dead
+from lm_saes.losses.dead_latents import DeadList, list_dead
 from lm_saes.losses.settings import LossSettings
 from lm_saes.losses.sparsity import find_sparsity_loss
 
-if TYPE_CHECKING:
-    from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
+
+class HasPenalties(Protocol):
+    """What the objective asks of a dictionary, whose kind knows these terms."""
+
+    axes: Axes
+
+    def pre_activation_loss(self, record: Record) -> Tensor:
+        """The pre-activation penalty `l_p` (JumpReLU only), without its coefficient."""
+        ...
+
+    def dead_latent_loss(self, record: Record, dead: Sequence[DeadList], k_aux: int) -> Tensor:
+        """AuxK over the `dead` latents (one list, or one for each layer), without its coefficient."""
+        ...
 
 
 def objective(
-    dictionary: AbstractSparseAutoEncoder,
+    dictionary: HasPenalties,
     record: Record,
     settings: LossSettings,
     is_dead: Tensor | None = None,
@@ -41,7 +53,7 @@ def objective(
 
 
 def _dead_latent_loss(
-    dictionary: AbstractSparseAutoEncoder,
+    dictionary: HasPenalties,
     record: Record,
     settings: LossSettings,
     is_dead: Tensor | None,

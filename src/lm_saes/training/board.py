@@ -82,7 +82,7 @@ class Board:
         self._forget_idle_window()
         self._any_step = False
         self.dead.make_room()
-        self.dictionary.activation_function.density.refresh()
+        self.dictionary.density.refresh()
         tokens = float(self._tokens)
         values = {"details/tokens_per_second": tokens / max(time.perf_counter() - self._since, 1e-9)}
         for metric in self.metrics:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from lm_saes.latents.encode.products import cpu_computes_in
+from lm_saes.latents.products import cpu_computes_in
 
 
 def mixed_precision(amp_dtype: torch.dtype | None, device: str) -> AbstractContextManager[object]:

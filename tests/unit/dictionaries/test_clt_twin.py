@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lm_saes.errors import ConfigError
-from lm_saes.latents.encode import linear
+from lm_saes.latents.selection import selector
 
 from .comparing import check_geometric_median
 from .site_twin import ACT_FNS, INS, OUTS, SITES, D, F, clt_config, initialized, random_dictionary, skewed_batch
@@ -17,7 +17,7 @@ from .twin import THETA, assert_same, random_batch, valid
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("act_fn", [a for a in ACT_FNS if "layer" not in a])  # those let layers compete
 def test_a_layer_depends_on_no_layer_above_it(act_fn: str, sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "sparse_pays", lambda entries, places: sparse)
+    monkeypatch.setattr(selector, "sparse_pays", lambda entries, places: sparse)
     cfg = clt_config(act_fn=act_fn)
     batch = random_batch(cfg, (4, 5), masked=True)  # type: ignore[arg-type]
     for changed in range(SITES):

@@ -15,7 +15,8 @@ from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.dictionaries.molt import MixtureOfLinearTransform, MOLTConfig
 from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import SparseCode
-from lm_saes.latents.encode import linear, transforms
+from lm_saes.latents.encode import transforms
+from lm_saes.latents.selection import selector
 
 from .molt_twin import RANKS, MoltTwin, molt_config, random_molt
 from .twin import ACT_FNS, IN, OUT, assert_same, least_distance, random_batch
@@ -98,7 +99,7 @@ def test_decoding_needs_the_input() -> None:
 
 def test_only_active_transforms_are_applied(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not active may hold anything: it is never read."""
-    for module in (linear, transforms):
+    for module in (selector, transforms):
         monkeypatch.setattr(module, "sparse_pays", lambda entries, places: True)
     molt = random_molt(molt_config(act_fn="topk", sparsity_include_decoder_norm=False))
     with torch.no_grad():

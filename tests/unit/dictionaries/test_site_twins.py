@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import DenseCode, SparseCode
-from lm_saes.latents.encode import linear
+from lm_saes.latents.selection import selector
 
 from .comparing import EXACT, SPARSITY, every_term, garbled, losses, same_losses
 from .site_twin import (
@@ -242,7 +242,7 @@ def test_batchwide_selection_keeps_exactly_its_budget_through_misses(kind: str, 
         dictionary.b_E.zero_()
     twin = twin_of(dictionary)
     sparse = pytest.MonkeyPatch()
-    sparse.setattr(linear, "sparse_pays", lambda entries, places: True)
+    sparse.setattr(selector, "sparse_pays", lambda entries, places: True)
     try:
         losses(dictionary, batch_for(dictionary, (50,), scale=100.0))
         batch = batch_for(dictionary, (8,), masked=True, scale=0.01)
@@ -273,7 +273,7 @@ def test_ungated_heads_tie_and_exactly_k_are_kept(act_fn: str, monkeypatch: pyte
     """All heads of a crosscoder select on the same h: 5 of them are not a whole number of latents."""
     kept = []
     for sparse in (True, False, True):
-        monkeypatch.setattr(linear, "sparse_pays", lambda entries, places, sparse=sparse: sparse)
+        monkeypatch.setattr(selector, "sparse_pays", lambda entries, places, sparse=sparse: sparse)
         dictionary = made("crosscoder", act_fn=act_fn, sparsity_include_decoder_norm=False, top_k=5)
         with torch.no_grad():
             dictionary.b_E.fill_(100.0)

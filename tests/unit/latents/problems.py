@@ -13,7 +13,9 @@ from torch import Tensor
 
 from lm_saes.latents.activations import ActivationFunction
 from lm_saes.latents.codes import Code
-from lm_saes.latents.encode.linear import LinearEncoder, encode
+from lm_saes.latents.encode.encoders import LinearEncoder
+from lm_saes.latents.encode.linear import encode
+from lm_saes.latents.selection.selector import Selector
 
 from ..dictionaries.twin import sae_config
 
@@ -21,7 +23,7 @@ from ..dictionaries.twin import sae_config
 def activation(act_fn: str, d_sae: int, **settings: Any) -> ActivationFunction:
     """An activation function with random thresholds where it has any."""
     cfg = sae_config(d_model=1, expansion_factor=float(d_sae), act_fn=act_fn, **settings)
-    made = ActivationFunction.registry[act_fn](cfg)
+    made = ActivationFunction.registry[act_fn](cfg.selection_settings)
     if made.log_threshold is not None:
         with torch.no_grad():
             made.log_threshold.copy_(torch.linspace(-1.5, 0.5, d_sae))
@@ -57,7 +59,7 @@ class Problem:
 
     def encode(self, dense: bool | None) -> Code:
         encoder = LinearEncoder(self.W_DF, self.b_F, self.gate_W_DF, self.gate_b_F)
-        return encode(self.x_ND, encoder, self.activation, self.scale_F, self.mask_N, dense=dense)
+        return encode(self.x_ND, encoder, Selector(self.activation), self.scale_F, self.mask_N, dense=dense)
 
     def s(self) -> Tensor:
         """What selection looks at, `[N, F]`."""

@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from lm_saes.latents import products
 from lm_saes.latents.activations import ActivationFunction
 from lm_saes.latents.activations.batchtopk import BatchTopK
 from lm_saes.latents.activations.topk import TopK
-from lm_saes.latents.encode import products
-from lm_saes.latents.encode.linear import LinearEncoder, encode
+from lm_saes.latents.encode.encoders import LinearEncoder
+from lm_saes.latents.encode.linear import encode
+from lm_saes.latents.selection.budget import SearchByBudget
+from lm_saes.latents.selection.selector import Selector
 
-from ..dictionaries.twin import sae_config
 from .problems import Problem, activation
 
 both = pytest.mark.parametrize("dense", [False, True])
@@ -22,7 +24,7 @@ def select(function: ActivationFunction, s_NF: Tensor, dense: bool, mask_N: Tens
     """Encode rows that are the pre-activations themselves."""
     n_latents = s_NF.shape[1]
     encoder = LinearEncoder(torch.eye(n_latents, dtype=s_NF.dtype), torch.zeros(n_latents, dtype=s_NF.dtype))
-    return encode(s_NF, encoder, function, None, mask_N, dense=dense).dense()
+    return encode(s_NF, encoder, Selector(function), None, mask_N, dense=dense).dense()
 
 
 def batchtopk(d_sae: int, k: int) -> BatchTopK:
@@ -171,8 +173,13 @@ def test_a_batch_with_too_few_positive_entries_is_not_looked_at_forever(
     s_NF[:3] += 4
     function.batch_topk_threshold.fill_(known)
     looks: list[slice] = []
-    candidates = function.candidates
-    monkeypatch.setattr(function, "candidates", lambda s_BF, rows: looks.append(rows) or candidates(s_BF, rows))
+    candidates = SearchByBudget.candidates
+
+    def look(search: SearchByBudget, s_BF: Tensor, rows: slice) -> Tensor:
+        looks.append(rows)
+        return candidates(search, s_BF, rows)
+
+    monkeypatch.setattr(SearchByBudget, "candidates", look)
     assert torch.equal(select(function, s_NF, dense=False), largest(s_NF, 15))
     assert len(looks) / 4 <= 8  # blocks of 3 of the 12 tokens
 
@@ -224,21 +231,3 @@ def test_rescaling_keeps_the_selection() -> None:
         function.rescale(torch.tensor(0.125))
         torch.testing.assert_close(select(function, normal(1) / 8, dense=True) * 8, before)
         assert torch.equal(select(function, normal(1) / 8, dense=True) != 0, before != 0)
-
-
-def test_a_descendant_with_candidates_of_its_own_is_asked_for_them() -> None:
-    """However fast the way to its parent's: here only even columns are candidates."""
-
-    class EvenTopK(TopK):
-        name = "eventopk"
-
-        def candidates(self, s_BF: Tensor, rows: slice) -> Tensor:
-            return self.offer(2 * s_BF[:, ::2].topk(self.k, dim=1).indices)
-
-    try:
-        problem = Problem("topk", gated=False, settings={"top_k": 3})
-        problem.activation = EvenTopK(sae_config(d_model=1, expansion_factor=24.0, act_fn="topk", top_k=3))
-        latents_NF = problem.encode(dense=False).dense()
-        assert latents_NF.any() and not latents_NF[:, 1::2].any()
-    finally:
-        del ActivationFunction.registry["eventopk"]

@@ -6,9 +6,11 @@ from torch import Tensor
 
 from lm_saes.latents.codes import DenseCode, Identity, Tanh
 from lm_saes.latents.encode.dense import BlockwiseCode
+from lm_saes.latents.encode.encoders import LinearEncoder
+from lm_saes.latents.encode.given import select
 from lm_saes.latents.encode.hidden import Hidden
-from lm_saes.latents.encode.linear import LinearEncoder
 from lm_saes.latents.gradients import blocks
+from lm_saes.latents.selection.selector import Selector
 
 from .problems import Problem
 
@@ -21,6 +23,14 @@ def narrow_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def blockwise(problem: Problem) -> BlockwiseCode:
     code = problem.encode(dense=True)
     assert isinstance(code, BlockwiseCode)
+    return code
+
+
+def plainly(problem: Problem) -> DenseCode:
+    """The same code from pre-activations that are written out."""
+    h_NF = torch.addmm(problem.b_F, problem.x_ND, problem.W_DF)
+    code = select(h_NF, Selector(problem.activation), problem.scale_F, None, dense=True)
+    assert isinstance(code, DenseCode)
     return code
 
 
@@ -41,13 +51,7 @@ def test_deferred_gradients_are_the_plain_ones(act_fn: str, gated: bool, masked:
         W_FD = torch.randn(24, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
         code = blockwise(problem)
         log_theta = problem.activation.log_threshold
-        plain = (
-            code
-            if deferred
-            else DenseCode(
-                problem.activation.dense(torch.addmm(problem.b_F, problem.x_ND, problem.W_DF), problem.scale_F, None)
-            )
-        )
+        plain = code if deferred else plainly(problem)
         parts = [problem.x_ND, problem.W_DF, problem.b_F, v_F, W_FD, *([] if log_theta is None else [log_theta])]
         found.append(list(torch.autograd.grad(sum(losses(plain, problem, v_F, W_FD), torch.zeros(())), parts)))
     for i, (got, want) in enumerate(zip(*found, strict=True)):
@@ -72,10 +76,7 @@ def test_a_backward_pass_that_stops_early_leaves_nothing_behind() -> None:
     (first,) = torch.autograd.grad(y_ND.sum(), problem.b_F, retain_graph=True)
     (again,) = torch.autograd.grad(y_ND.sum(), problem.b_F)
     (want,) = torch.autograd.grad(
-        problem.activation.dense(  # type: ignore[union-attr]
-            torch.addmm(problem.b_F, problem.x_ND, problem.W_DF), problem.scale_F, None
-        ).sum()
-        * 6,
+        plainly(problem).values.sum() * 6,
         problem.b_F,
     )
     torch.testing.assert_close(first, want)
@@ -95,7 +96,7 @@ def test_shortfall(how: str, gated: bool, masked: bool) -> None:
         encoder = LinearEncoder(W_DF, b_F)
         code = DenseCode(x_ND) if how == "made again" else blockwise(problem)
         h_NF = torch.addmm(b_F, x_ND, W_DF)
-        hidden = Hidden.around(h_NF) if how == "around" else Hidden.of(code, x_ND, encoder)
+        hidden = Hidden.around(h_NF) if how == "around" else encoder.hidden(code, x_ND)
         return hidden.shortfall_sums(theta_F, norm_F if gated else None, problem.mask_N)
 
     parts = (problem.x_ND, problem.W_DF, problem.b_F, theta_F, norm_F)

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from lm_saes.latents.codes import Code, DenseCode, SparseCode
-from lm_saes.latents.encode import given as dense_select
 from lm_saes.latents.encode.given import select
+from lm_saes.latents.selection import selector
+from lm_saes.latents.selection.selector import Selector
 
 from ..dictionaries.twin import ACT_FNS
 from .problems import activation
@@ -25,7 +26,7 @@ class Problem:
         self.activation = activation(act_fn, d_sae)
 
     def select(self, dense: bool | None) -> Code:
-        return select(self.h_NF, self.activation, self.scale_F, self.mask_N, dense)
+        return select(self.h_NF, Selector(self.activation), self.scale_F, self.mask_N, dense)
 
     def gradients(self, code: Code) -> dict[str, Tensor]:
         loss = code.decode(self.W_FD).square().sum() + (code.dense() * self.weights_NF).sum()
@@ -66,7 +67,7 @@ def test_density_decides(monkeypatch: pytest.MonkeyPatch, act_fn: str) -> None:
         asked.append(entries / places)
         return entries / places < 0.3
 
-    monkeypatch.setattr(dense_select, "sparse_pays", pays)
+    monkeypatch.setattr(selector, "sparse_pays", pays)
     problem = Problem(act_fn, True, False)
     code = problem.select(None)
     assert isinstance(code, DenseCode if act_fn in ("relu", "jumprelu") else SparseCode)
@@ -77,7 +78,7 @@ def test_a_batch_whose_candidates_miss_is_looked_at_again() -> None:
     """Batch-wide selection guesses a floor; after a batch of large values comes one of small ones."""
     one, other = Problem("batchtopk", True, False), Problem("batchtopk", True, False)
     for problem, dense in ((one, False), (other, True)):
-        select(100 * problem.h_NF, problem.activation, problem.scale_F, None, dense)
+        select(100 * problem.h_NF, Selector(problem.activation), problem.scale_F, None, dense)
     assert torch.equal(one.select(False).dense(), other.select(True).dense())
     code = one.select(False)
     assert code.values.numel() == int((code.values > 0).sum()) == 13 * 3  # candidates that lost are not carried along
@@ -100,7 +101,7 @@ def test_gradcheck(act_fn: str) -> None:
     problem.activation.eval()  # a threshold that runs along would be another function at each call
 
     def values(h_NF: Tensor) -> Tensor:
-        return select(h_NF, problem.activation, problem.scale_F, problem.mask_N, dense=False).dense()
+        return select(h_NF, Selector(problem.activation), problem.scale_F, problem.mask_N, dense=False).dense()
 
     assert torch.autograd.gradcheck(values, problem.h_NF)
 
@@ -114,7 +115,7 @@ def test_the_threshold_gradient_by_hand() -> None:
     with torch.no_grad():
         act.log_threshold.zero_()  # type: ignore[union-attr]
     h = torch.tensor([[0.6], [1.2], [0.4], [3.0]], dtype=torch.float64, requires_grad=True)
-    code = select(h, act, None, None, dense=False)
+    code = select(h, Selector(act), None, None, dense=False)
     assert code.dense().flatten().tolist() == [0, 1.2, 0, 3]
     code.dense().backward(torch.tensor([[1.0], [2], [4], [8]], dtype=torch.float64))
     assert act.log_threshold.grad.tolist() == [-3.0]  # type: ignore[union-attr]

@@ -5,10 +5,13 @@ import torch
 from torch import Tensor
 
 from lm_saes.latents.codes import SparseCode
-from lm_saes.latents.encode.linear import LinearEncoder, encode
+from lm_saes.latents.encode.encoders import LinearEncoder
+from lm_saes.latents.encode.linear import encode
 from lm_saes.latents.selection import half_precision as half
 from lm_saes.latents.selection.bounds import UNIT
 from lm_saes.latents.selection.half_precision import batch_in_half, half_pays, top_in_half
+from lm_saes.latents.selection.scores import Scores
+from lm_saes.latents.selection.selector import Selector
 
 from .problems import activation
 from .test_screening import problem
@@ -38,7 +41,7 @@ def test_whole_numbers_are_selected_exactly(
     if scale_F is not None:
         scale_F[::5] = 0
     k = min(k, n_latents)
-    columns_Nk, products_Nk = top_in_half(x_ND, W_FD.T, b_F, scale_F, k)
+    columns_Nk, products_Nk = top_in_half(Scores(x_ND, W_FD.T, b_F, scale_F), k)
     assert torch.equal(columns_Nk.sort(1).values.diff(dim=1).clamp(max=1), torch.ones(300, k - 1, dtype=torch.int64))
     h_NF = x_ND @ W_FD.T + b_F
     s_NF = h_NF if scale_F is None else h_NF * scale_F
@@ -53,7 +56,7 @@ def test_whole_numbers_are_selected_exactly(
 def test_no_other_entry_is_larger_by_more_than_rounding(kind: str, gated: bool) -> None:
     x_ND, W_FD, b_F = problem(kind)
     scale_F = scales(len(b_F)) if gated else None
-    columns_Nk, products_Nk = top_in_half(x_ND, W_FD.T, b_F, scale_F, k=16)
+    columns_Nk, products_Nk = top_in_half(Scores(x_ND, W_FD.T, b_F, scale_F), k=16)
     scale = torch.ones(len(b_F)) if scale_F is None else scale_F
     product_NF = x_ND.double() @ W_FD.double().T
     s_NF = (product_NF + b_F) * scale
@@ -73,7 +76,7 @@ def test_selection_is_that_of_one_product(kind: str, gated: bool) -> None:
     """The unoptimised twin: one product in half precision, `s` in float32, `topk`."""
     x_ND, W_FD, b_F = problem(kind)
     scale_F = scales(len(b_F)) if gated else None
-    columns_Nk, _ = top_in_half(x_ND, W_FD.T, b_F, scale_F, k=16)
+    columns_Nk, _ = top_in_half(Scores(x_ND, W_FD.T, b_F, scale_F), k=16)
     product_NF = (x_ND.bfloat16() @ W_FD.T.bfloat16()).float()
     s_NF = (product_NF + b_F) * (1 if scale_F is None else scale_F)
     want = s_NF.topk(16, dim=1).values.clamp(min=0).sum(1)
@@ -89,12 +92,12 @@ def test_a_batch(monkeypatch: pytest.MonkeyPatch, kind: str, n_latents: int, n_r
     x_ND, W_FD, b_F = problem(kind, n_latents=n_latents)
     scale_F = scales(n_latents)
     n = 16 * len(x_ND)
-    found = batch_in_half(x_ND, W_FD.T, b_F, scale_F, n)
+    found = batch_in_half(Scores(x_ND, W_FD.T, b_F, scale_F), n)
     assert found is not None
     rows_E, columns_E, products_E, s_E = found
     assert bool((rows_E.diff() >= 0).all())
     assert len((rows_E * n_latents + columns_E).unique()) == len(s_E)
-    s_NF = torch.cat([s_BF.float() for _, s_BF in half._products(x_ND, W_FD.T, b_F, scale_F)])
+    s_NF = torch.cat([s_BF.float() for _, s_BF in half._products(Scores(x_ND, W_FD.T, b_F, scale_F))])
     assert torch.equal(s_E, s_NF[rows_E, columns_E])
     torch.testing.assert_close((products_E + b_F[columns_E]) * scale_F[columns_E], s_E)
     least = s_E.amin() if len(s_E) else torch.tensor(torch.inf)
@@ -106,7 +109,7 @@ def test_a_batch_that_blocks_share_unevenly_is_given_up(monkeypatch: pytest.Monk
     x_ND, W_FD, b_F = problem("plain")
     monkeypatch.setattr(half, "BLOCK_BYTES", 2 * len(b_F) * 100)
     x_ND[100:] *= 0.01
-    assert batch_in_half(x_ND, W_FD.T, torch.zeros_like(b_F), None, 16 * len(x_ND)) is None
+    assert batch_in_half(Scores(x_ND, W_FD.T, torch.zeros_like(b_F), None), 16 * len(x_ND)) is None
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -115,7 +118,9 @@ def test_batchtopk_keeps_its_budget(monkeypatch: pytest.MonkeyPatch, masked: boo
     x_ND, W_FD, b_F = problem("plain")
     mask_N = torch.arange(len(x_ND)) % 3 != 1 if masked else None
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        code = encode(x_ND, LinearEncoder(W_FD.T, b_F), activation("batchtopk", len(b_F), top_k=16), None, mask_N)
+        code = encode(
+            x_ND, LinearEncoder(W_FD.T, b_F), Selector(activation("batchtopk", len(b_F), top_k=16)), None, mask_N
+        )
     kept_NF = code.dense() > 0
     assert int(kept_NF.sum()) == 16 * (len(x_ND) if mask_N is None else int(mask_N.sum()))
     if mask_N is not None:
@@ -132,7 +137,7 @@ def test_gradients_are_float32_at_the_chosen_entries(monkeypatch: pytest.MonkeyP
     scale_F = scales(len(b_F)) if gated else None
     W_DF, bias = W_FD.T.clone().requires_grad_(), b_F.clone().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        code = encode(x_ND, LinearEncoder(W_DF, bias), activation("topk", len(b_F), top_k=16), scale_F, None)
+        code = encode(x_ND, LinearEncoder(W_DF, bias), Selector(activation("topk", len(b_F), top_k=16)), scale_F, None)
         assert isinstance(code, SparseCode)
         assert code.values.dtype == torch.float32
         code.decode(W_FD).square().sum().backward()

@@ -4,9 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lm_saes.latents import products
 from lm_saes.latents.codes import DenseCode, SparseCode
-from lm_saes.latents.encode import products
-from lm_saes.latents.encode.linear import LinearEncoder, encode
+from lm_saes.latents.encode.encoders import LinearEncoder
+from lm_saes.latents.encode.linear import encode
+from lm_saes.latents.selection.search import Chosen, SearchByRule
+from lm_saes.latents.selection.selector import Selector
+from lm_saes.latents.selection.wants import Judged
 
 from ..dictionaries.twin import ACT_FNS
 from .problems import Problem, activation
@@ -99,9 +103,8 @@ def test_gradients_of_a_fixed_selection(monkeypatch: pytest.MonkeyPatch, glu: bo
     fixed = torch.rand(6, 8, generator=torch.Generator().manual_seed(2)) < 0.4
     turned_down = torch.arange(int(fixed.sum())) % 4 == 0  # entries of the code that are not kept
     relu = activation("relu", 8)
-    monkeypatch.setattr(relu, "judges_entries", False)
-    monkeypatch.setattr(relu, "candidates", lambda s_BF, rows: fixed[rows])
-    monkeypatch.setattr(relu, "settle", lambda s_E, pattern: (None, ~turned_down))
+    monkeypatch.setattr(relu, "wants", lambda: Judged(lambda s_BF, rows: fixed[rows]))
+    monkeypatch.setattr(SearchByRule, "choose", lambda search, s_E, pattern: Chosen(pattern, ~turned_down))
     monkeypatch.setattr(products, "BLOCK_BYTES", 4 * 8 * 4)
     problem = Problem("relu", gated=False, glu=glu, n_tokens=6, d_sae=8)
     parts = [problem.x_ND, problem.W_DF, problem.b_F]
@@ -111,7 +114,9 @@ def test_gradients_of_a_fixed_selection(monkeypatch: pytest.MonkeyPatch, glu: bo
 
     def values(x_ND: Tensor, W_DF: Tensor, b_F: Tensor, *gate: Tensor) -> Tensor:
         gate_W_DF, gate_b_F = gate if glu else (None, None)
-        return encode(x_ND, LinearEncoder(W_DF, b_F, gate_W_DF, gate_b_F), relu, None, None, dense=False).values
+        return encode(
+            x_ND, LinearEncoder(W_DF, b_F, gate_W_DF, gate_b_F), Selector(relu), None, None, dense=False
+        ).values
 
     assert values(*parts)[turned_down].eq(0).all()
     assert torch.autograd.gradcheck(values, parts)
@@ -124,7 +129,7 @@ def test_gradients_of_encoding_away_from_the_kinks(act_fn: str, dense: bool) -> 
     problem.activation.eval() if act_fn == "batchtopk" else problem.activation.train()
 
     def latents(x_ND: Tensor, W_DF: Tensor, b_F: Tensor) -> Tensor:
-        code = encode(x_ND, LinearEncoder(W_DF, b_F), problem.activation, problem.scale_F, None, dense=dense)
+        code = encode(x_ND, LinearEncoder(W_DF, b_F), Selector(problem.activation), problem.scale_F, None, dense=dense)
         return code.dense()
 
     assert torch.autograd.gradcheck(latents, (problem.x_ND, problem.W_DF, problem.b_F))
@@ -143,7 +148,7 @@ def threshold_gradient(h: list[float], theta: float, scale: float | None, dense:
     x_N1 = torch.tensor(h, dtype=torch.float64)[:, None]
     encoder = LinearEncoder(torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
     scale_F = None if scale is None else torch.tensor([scale], dtype=torch.float64)
-    f_N1 = encode(x_N1, encoder, jump, scale_F, None, dense=dense).dense()
+    f_N1 = encode(x_N1, encoder, Selector(jump), scale_F, None, dense=dense).dense()
     weights_N = 10.0 ** torch.arange(len(h), dtype=torch.float64)
     return torch.autograd.grad((f_N1[:, 0] * weights_N).sum(), log_theta)[0].tolist()
 

@@ -5,11 +5,14 @@ import torch
 from torch import Tensor
 
 from lm_saes.latents.codes import SparseCode
-from lm_saes.latents.encode.linear import LinearEncoder, encode
+from lm_saes.latents.encode.encoders import LinearEncoder
+from lm_saes.latents.encode.linear import encode
 from lm_saes.latents.selection import bounds
 from lm_saes.latents.selection import screened as screening
 from lm_saes.latents.selection.bounds import Bounds
-from lm_saes.latents.selection.screened import batch_products, top_products
+from lm_saes.latents.selection.scores import Scores
+from lm_saes.latents.selection.screened import batch_screened, top_screened
+from lm_saes.latents.selection.selector import Selector
 
 from .problems import activation
 
@@ -49,7 +52,7 @@ def test_screening_is_exact(monkeypatch: pytest.MonkeyPatch, kind: str, gated: b
     monkeypatch.setattr(bounds, "BLOCK_BYTES", 2 * 1040 * 130)  # several blocks of tokens
     x_ND, W_FD, b_F = problem(kind)
     scale_F = torch.linspace(0.3, 3, len(b_F)) if gated else None
-    found = top_products(x_ND, W_FD.T, b_F, scale_F, k=16)
+    found = top_screened(Scores(x_ND, W_FD.T, b_F, scale_F), k=16)
     assert found is not None
     columns_Nk, products_Nk = found
     torch.testing.assert_close(products_Nk, (x_ND @ W_FD.T).gather(1, columns_Nk), rtol=1e-4, atol=1e-4)
@@ -66,7 +69,7 @@ def test_screening_a_batch_is_exact(monkeypatch: pytest.MonkeyPatch, kind: str, 
     x_ND, W_FD, b_F = problem(kind)
     scale_F = torch.linspace(0.3, 3, len(b_F)) if gated else None
     n = 16 * len(x_ND)
-    found = batch_products(x_ND, W_FD.T, b_F, scale_F, n)
+    found = batch_screened(Scores(x_ND, W_FD.T, b_F, scale_F), n)
     assert found is not None
     rows_E, columns_E, products_E, s_E = found
     assert torch.equal(rows_E, rows_E.sort().values)
@@ -80,13 +83,13 @@ def test_screening_a_batch_is_exact(monkeypatch: pytest.MonkeyPatch, kind: str, 
 def test_a_batch_that_bounds_cannot_settle_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(screening, "BATCH_CANDIDATES", 0.5)  # too few to choose from
     x_ND, W_FD, b_F = problem("plain")
-    assert batch_products(x_ND, W_FD.T, b_F, None, 16 * len(x_ND)) is None
+    assert batch_screened(Scores(x_ND, W_FD.T, b_F, None), 16 * len(x_ND)) is None
 
 
 @pytest.mark.parametrize("n_latents", [40, 256, 1000])  # too few for groups; whole groups; a remainder
 def test_any_number_of_latents(n_latents: int) -> None:
     x_ND, W_FD, b_F = problem("plain", n_latents=n_latents)
-    found = top_products(x_ND, W_FD.T, b_F, None, k=4)
+    found = top_screened(Scores(x_ND, W_FD.T, b_F, None), k=4)
     assert found is not None
     want = wanted(x_ND, W_FD, b_F, None, 4)
     kept = torch.zeros_like(want).scatter_(1, found[0], found[1] + b_F[found[0]] > 0)
@@ -97,7 +100,7 @@ def test_bounds_hold() -> None:
     """No entry exceeds its bound, and bounds are not much above."""
     x_ND, W_FD, b_F = problem("shifted")
     scale_F = torch.linspace(0.3, 3, len(b_F))
-    made = Bounds(x_ND, W_FD.T, b_F, scale_F)
+    made = Bounds(Scores(x_ND, W_FD.T, b_F, scale_F))
     bounds_NF = made._x_NP.double() @ made._W_FP.double().T
     above_NF = bounds_NF - torch.addmm(b_F.double(), x_ND.double(), W_FD.T.double()) * scale_F
     spread = torch.linalg.vector_norm(x_ND - x_ND.mean(0), dim=1)[:, None] * (W_FD.norm(dim=1) * scale_F)
@@ -112,7 +115,7 @@ def test_bounds_hold_where_rounding_does_its_worst(rounded: str) -> None:
     exact = torch.sign(inexact - inexact.bfloat16())
     x_ND, W_FD = (exact, inexact) if rounded == "weights" else (inexact, exact)
     x_ND = torch.cat([x_ND[:32], -x_ND[:32]])  # of mean 0
-    made = Bounds(x_ND, W_FD.T, torch.zeros(64), None)
+    made = Bounds(Scores(x_ND, W_FD.T, torch.zeros(64), None))
     bounds_NF = made._x_NP.double() @ made._W_FP.double().T
     assert float((bounds_NF - x_ND.double() @ W_FD.double().T).min()) >= 0
 
@@ -122,7 +125,7 @@ def test_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(screening, "WORTH_WHILE", 1.0)
     monkeypatch.setattr(bounds, "BLOCK_BYTES", 2 * 1040 * size)
     x_ND, W_FD, b_F = problem("outlier")
-    found = top_products(x_ND, W_FD.T, b_F, None, k=16)
+    found = top_screened(Scores(x_ND, W_FD.T, b_F, None), k=16)
     assert found is not None
     want = wanted(x_ND, W_FD, b_F, None, 16)
     assert torch.equal(torch.zeros_like(want).scatter_(1, found[0], found[1] + b_F[found[0]] > 0), want)
@@ -131,7 +134,7 @@ def test_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 def test_rows_that_bounds_cannot_settle_are_counted_and_the_search_given_up() -> None:
     x_ND, W_FD, b_F = problem("twins")
     W_FD[:] = W_FD[0] * (1 + 1e-4 * torch.randn(len(W_FD), 1))
-    assert top_products(x_ND, W_FD.T, torch.zeros_like(b_F), None, k=16) is None
+    assert top_screened(Scores(x_ND, W_FD.T, torch.zeros_like(b_F), None), k=16) is None
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -150,7 +153,9 @@ def test_a_screened_encoder_is_the_plain_one(
         monkeypatch.setattr(screening, "cpu_computes_in", lambda dtype: True)
         W_DF, bias = W_FD.T.clone().requires_grad_(), b_F.clone().requires_grad_()
         assert screening.screening_pays(x_ND, len(b_F), 16) == (large == 0)
-        code = encode(x_ND, LinearEncoder(W_DF, bias), activation(act_fn, len(b_F), top_k=16), scale_F, mask_N)
+        code = encode(
+            x_ND, LinearEncoder(W_DF, bias), Selector(activation(act_fn, len(b_F), top_k=16)), scale_F, mask_N
+        )
         assert isinstance(code, SparseCode)
         code.decode(W_FD).square().sum().backward()
         assert W_DF.grad is not None and bias.grad is not None
@@ -167,5 +172,7 @@ def test_a_batch_of_which_no_token_counts_has_no_entries(monkeypatch: pytest.Mon
     monkeypatch.setattr(screening, "cpu_computes_in", lambda dtype: True)
     x_ND, W_FD, b_F = problem("plain")
     nothing_N = torch.zeros(len(x_ND), dtype=torch.bool)
-    code = encode(x_ND, LinearEncoder(W_FD.T, b_F), activation("batchtopk", len(b_F), top_k=16), None, nothing_N)
+    code = encode(
+        x_ND, LinearEncoder(W_FD.T, b_F), Selector(activation("batchtopk", len(b_F), top_k=16)), None, nothing_N
+    )
     assert not code.dense().any()

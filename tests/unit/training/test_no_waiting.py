@@ -31,8 +31,8 @@ from lm_saes.axes.axis import Axis
 from lm_saes.data.batch import Batch
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.errors import TrainingError
+from lm_saes.latents import products
 from lm_saes.latents.codes import DenseCode, SparseCode
-from lm_saes.latents.encode import products
 from lm_saes.losses.dead_latents import list_dead, strongest
 from lm_saes.training import dead_latents
 from lm_saes.training.checkpoint import saved_steps

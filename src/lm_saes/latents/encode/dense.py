@@ -12,23 +12,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lm_saes.latents.activations.base import ActivationFunction
-from lm_saes.latents.activations.thresholds import threshold_gradient
 from lm_saes.latents.codes import DenseCode, EntryFunction, Identity
 from lm_saes.latents.encode.hidden import Hidden
-from lm_saes.latents.encode.products import add_product, product, product_dtype
 from lm_saes.latents.gradients.blocks import EncoderGradients, Scratch, blocks, gather, pre_activations, weights
 from lm_saes.latents.gradients.deferred import Deferred
+from lm_saes.latents.products import add_product, product, product_dtype
+from lm_saes.latents.selection.scores import Scores
+from lm_saes.latents.selection.thresholds import threshold_gradient
+from lm_saes.latents.selection.wants import Above
 
 
-def encode_dense(
-    x_ND: Tensor, W_DF: Tensor, b_F: Tensor, activation: ActivationFunction, scale_F: Tensor | None,
-    mask_N: Tensor | None,
-) -> BlockwiseCode:  # fmt: skip
-    """Encode `f = h where active, else 0`, `h = x W + b`, by an activation function that has `bounds`."""
+def encode_dense(scores: Scores, want: Above, mask_N: Tensor | None) -> BlockwiseCode:
+    """Encode `f = h where it exceeds its latent's threshold, else 0`, `h = x W + b`."""
     recipes, hidden_recipes = Deferred(), Deferred()
     f_NF, h_NF, counts_F, totals_F = _Encode.apply(
-        x_ND, W_DF, b_F, activation.log_threshold, scale_F, activation, mask_N, recipes, hidden_recipes
+        scores.x_ND, scores.W_DF, scores.b_F, want.log_theta, scores.scale_F, want, mask_N, recipes, hidden_recipes
     )  # type: ignore[misc]
     hidden = None if h_NF is None else Hidden(h_NF, hidden_recipes)
     return BlockwiseCode(f_NF, recipes, hidden, mask_N, counts_F, totals_F)
@@ -60,9 +58,9 @@ class BlockwiseCode(DenseCode):
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ND, W_DF, b_F, log_theta, scale_F, activation, mask_N, recipes, hidden_recipes):  # type: ignore[override]
+    def forward(ctx, x_ND, W_DF, b_F, log_theta, scale_F, want, mask_N, recipes, hidden_recipes):  # type: ignore[override]
         ctx.set_materialize_grads(False)
-        above_F, low_F, high_F = activation.bounds(b_F, scale_F)
+        above_F, low_F, high_F = want.bounds(b_F, scale_F)
         f_FN = b_F.new_empty(len(b_F), len(x_ND))
         h_FN = None if low_F is None else torch.empty_like(f_FN)
         counts_F, totals_F, valid_N = torch.empty_like(b_F), torch.empty_like(b_F), weights(mask_N, len(x_ND), b_F)
@@ -72,7 +70,7 @@ class _Encode(torch.autograd.Function):
             torch.mv(active_JN, valid_N, out=counts_F[some])
             torch.mv(torch.mul(h_JN, active_JN, out=f_FN[some]), valid_N, out=totals_F[some])
         ctx.save_for_backward(x_ND, W_DF, log_theta, scale_F, f_FN, h_FN, low_F, high_F)
-        ctx.deferred, ctx.window = (recipes, hidden_recipes), activation.window
+        ctx.deferred, ctx.window = (recipes, hidden_recipes), want.window
         ctx.mark_non_differentiable(counts_F, totals_F)
         return f_FN.T, None if h_FN is None else h_FN.T, counts_F, totals_F
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lm_saes.latents.gradients.blocks import EncoderGradients, Scratch, blocks, gather, pre_activations, weights
 from lm_saes.latents.gradients.deferred import Deferred
-
-if TYPE_CHECKING:
-    from lm_saes.latents.codes import Code
-    from lm_saes.latents.encode.linear import LinearEncoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,14 +26,10 @@ class Hidden:
         return cls(_Receive.apply(h_NF, recipes), recipes)  # type: ignore[arg-type]
 
     @classmethod
-    def of(cls, code: Code, x_ND: Tensor, encoder: LinearEncoder) -> Hidden:
-        """The `h` that a code was selected from: kept by it, or made again."""
-        if code.hidden is not None:
-            return code.hidden
-        if not encoder.is_plain:
-            return cls.around(encoder.pre_activations(x_ND))
+    def of_product(cls, x_ND: Tensor, W_DF: Tensor, b_F: Tensor) -> Hidden:
+        """`h = x W + b`."""
         recipes = Deferred()
-        return cls(_Encode.apply(x_ND, encoder.W_DF, encoder.b_F, recipes), recipes)  # type: ignore[arg-type]
+        return cls(_Encode.apply(x_ND, W_DF, b_F, recipes), recipes)  # type: ignore[arg-type]
 
     def shortfall_sums(self, theta_F: Tensor, scale_F: Tensor | None, mask_N: Tensor | None) -> Tensor:
         """`sum over valid tokens of relu(theta - h scale)`: `[F]`, differentiable in `h`, `theta` and `scale`."""

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lm_saes.latents.encode.products import add_product, product, product_dtype
 from lm_saes.latents.gradients.deferred import Recipe
+from lm_saes.latents.products import add_product, product, product_dtype
 
 BLOCK_BYTES = 8 << 20
 """Size of one block: small enough for the caches, large enough for efficient products (measured: 2 to 16 MB)."""

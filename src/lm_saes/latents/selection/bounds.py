@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lm_saes.latents import kernels
 from lm_saes.latents.offsets import offsets_of_rows
+from lm_saes.latents.selection.scores import Scores
 
 BLOCK_BYTES = 38 << 20
 """Size of one block of bounds."""
@@ -36,13 +37,12 @@ class Bounds:
     """Inputs and weights of one step, ready to bound `s = (x W + b) * scale` from above.
 
     Args:
-        x_ND: all inputs of the step, float32.
-        W_DF: encoder weights, float32; best stored latent-major.
-        scale_F: what `x W + b` is multiplied by before it is compared.
+        scores: those of all inputs of the step, float32.
     """
 
-    def __init__(self, x_ND: Tensor, W_DF: Tensor, b_F: Tensor, scale_F: Tensor | None) -> None:
-        self.x_ND, self.W_FD, self.b_F, self.scale_F = x_ND, W_DF.T.contiguous(), b_F, scale_F
+    def __init__(self, scores: Scores) -> None:
+        x_ND, b_F, scale_F = scores.x_ND, scores.b_F, scores.scale_F
+        self.x_ND, self.W_FD, self.b_F, self.scale_F = x_ND, scores.W_DF.T.contiguous(), b_F, scale_F
         n_latents, width = self.W_FD.shape
         mean_D = x_ND.mean(0)
         padded = -(-(width + 5) // WIDTH_OF) * WIDTH_OF

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lm_saes.latents.encode.products import cpu_computes_in, product, product_dtype
+from lm_saes.latents.products import cpu_computes_in, product, product_dtype
 from lm_saes.latents.selection.bits import above_in_blocks, largest
 from lm_saes.latents.selection.bounds import BLOCK_BYTES, ROWS_AT_ONCE, WIDTH_OF, fill, in_parts, in_turn
+from lm_saes.latents.selection.scores import Scores
 
 BIAS_PARTS = 3
 """So many numbers in half precision add up to one in float32."""
@@ -32,51 +33,50 @@ def half_pays(x_ND: Tensor) -> bool:
     )
 
 
-def top_in_half(x_ND: Tensor, W_DF: Tensor, b_F: Tensor, scale_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def top_in_half(scores: Scores, k: int) -> tuple[Tensor, Tensor]:
     """The k largest `s = (x W + b) * scale` of each token as products in bfloat16 have them, the positive ones of them
     at least: their columns, and what `s` makes of `x W` there (float32), both `[N, k]`."""
-    columns_Nk = torch.empty(len(x_ND), k, dtype=torch.int64)
-    s_Nk = x_ND.new_empty(len(x_ND), k)
-    for tokens, s_BF in _products(x_ND, W_DF, b_F, scale_F):
+    columns_Nk = torch.empty(len(scores.x_ND), k, dtype=torch.int64)
+    s_Nk = scores.x_ND.new_empty(len(scores.x_ND), k)
+    for tokens, s_BF in _products(scores):
         columns_Bk = largest(s_BF, k)
         columns_Nk[tokens], s_Nk[tokens] = columns_Bk, s_BF.gather(1, columns_Bk).float()
-    return columns_Nk, _linear(s_Nk, columns_Nk, b_F, scale_F)
+    return columns_Nk, _linear(s_Nk, columns_Nk, scores)
 
 
-def batch_in_half(
-    x_ND: Tensor, W_DF: Tensor, b_F: Tensor, scale_F: Tensor | None, n: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+def batch_in_half(scores: Scores, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """Entries among which are the n largest positive `s` of the whole batch, and few others.
 
     Their rows and columns, by row, `x W` and `s` there, all `[E]`. None if some block of tokens has so many more than
     its share that they were not all taken.
     """
+    n_tokens, n_latents = len(scores.x_ND), scores.n_latents
     flat_E, bits_E, floor = above_in_blocks(
-        (tokens.start, s_BF, n if len(s_BF) == len(x_ND) else int(SHARES * n * len(s_BF) / len(x_ND)))
-        for tokens, s_BF in _products(x_ND, W_DF, b_F, scale_F)
+        (tokens.start, s_BF, n if len(s_BF) == n_tokens else int(SHARES * n * len(s_BF) / n_tokens))
+        for tokens, s_BF in _products(scores)
     )
     if floor > 1 and len(flat_E) < n:
         return None
-    rows_E, s_E = flat_E // len(b_F), bits_E.view(torch.bfloat16).float()
-    columns_E = flat_E.sub_(rows_E * len(b_F))
-    return rows_E, columns_E, _linear(s_E, columns_E, b_F, scale_F), s_E
+    rows_E, s_E = flat_E // n_latents, bits_E.view(torch.bfloat16).float()
+    columns_E = flat_E.sub_(rows_E * n_latents)
+    return rows_E, columns_E, _linear(s_E, columns_E, scores), s_E
 
 
-def _products(x_ND: Tensor, W_DF: Tensor, b_F: Tensor, scale_F: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+def _products(scores: Scores) -> Iterator[tuple[slice, Tensor]]:
     """`s` of some tokens after others, each written over the one before."""
-    x_NP, W_FP = _with_ones(x_ND), _scaled(W_DF, b_F, scale_F)
-    n_rows = max(1, BLOCK_BYTES // (2 * len(b_F)))
-    s_BF = x_NP.new_empty(min(len(x_ND), n_rows), len(b_F))
-    for tokens in in_turn(len(x_ND), n_rows):
+    x_NP, W_FP = _with_ones(scores.x_ND), _scaled(scores)
+    n_rows = max(1, BLOCK_BYTES // (2 * len(W_FP)))
+    s_BF = x_NP.new_empty(min(len(x_NP), n_rows), len(W_FP))
+    for tokens in in_turn(len(x_NP), n_rows):
         yield tokens, product(x_NP[tokens], W_FP.T, out=s_BF[: tokens.stop - tokens.start])
 
 
-def _linear(s: Tensor, columns: Tensor, b_F: Tensor, scale_F: Tensor | None) -> Tensor:
+def _linear(s: Tensor, columns: Tensor, scores: Scores) -> Tensor:
     """`x W` from `s`; where the scale is 0, so that `s` is, less the bias alone."""
-    if scale_F is not None:
-        scale = scale_F[columns]
+    if scores.scale_F is not None:
+        scale = scores.scale_F[columns]
         s = torch.where(scale > 0, s / scale, 0.0)
-    return s - b_F[columns]
+    return s - scores.b_F[columns]
 
 
 def _with_ones(x_ND: Tensor) -> Tensor:
@@ -88,10 +88,11 @@ def _with_ones(x_ND: Tensor) -> Tensor:
     return x_NP
 
 
-def _scaled(W_DF: Tensor, b_F: Tensor, scale_F: Tensor | None) -> Tensor:
+def _scaled(scores: Scores) -> Tensor:
     """Weights in bfloat16, latent-major, with their bias."""
-    W_FD, width = W_DF.T, len(W_DF)
-    W_FP = W_DF.new_empty(len(b_F), _padded(width), dtype=torch.bfloat16)
+    W_FD, b_F, scale_F = scores.W_DF.T, scores.b_F, scores.scale_F
+    width = W_FD.shape[1]
+    W_FP = W_FD.new_empty(len(b_F), _padded(width), dtype=torch.bfloat16)
     if scale_F is None:
         W_FP[:, :width] = W_FD
     else:

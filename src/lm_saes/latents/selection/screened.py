@@ -10,17 +10,17 @@ Letters: N tokens, B tokens of a block, D width, F latents, E entries, C candida
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lm_saes import machine
-from lm_saes.latents import kernels
-from lm_saes.latents.encode.products import cpu_computes_in, product, product_dtype, rows_at_once
+from lm_saes.latents.products import cpu_computes_in, product_dtype
 from lm_saes.latents.selection.bits import above_in_blocks, largest
 from lm_saes.latents.selection.bounds import Bounds, loosened
+from lm_saes.latents.selection.full import top_in_full
+from lm_saes.latents.selection.scores import Scores
 
 PROBE_ROWS = 128
 """So many tokens are tried first."""
@@ -49,16 +49,14 @@ def screening_pays(x_ND: Tensor, n_latents: int, k: int) -> bool:
     )
 
 
-def top_products(
-    x_ND: Tensor, W_DF: Tensor, b_F: Tensor, scale_F: Tensor | None, k: int
-) -> tuple[Tensor, Tensor] | None:
+def top_screened(scores: Scores, k: int) -> tuple[Tensor, Tensor] | None:
     """The k largest `s = (x W + b) * scale` of each token: their columns and `x W` there, both `[N, k]`.
 
     None if bounds turn out too loose for these inputs. Everything float32, on a CPU.
     """
-    bounds, found, n_candidates = Bounds(x_ND, W_DF, b_F, scale_F), list[_Screened](), 0
+    bounds, found, n_candidates = Bounds(scores), list[_Screened](), 0
     for tokens in bounds.blocks():
-        x_BD, bounds_BF = x_ND[tokens], bounds.of(tokens)
+        x_BD, bounds_BF = scores.x_ND[tokens], bounds.of(tokens)
         if not found:
             enough = _enough(bounds, x_BD[:PROBE_ROWS], bounds_BF[:PROBE_ROWS], k)
             if enough is None:
@@ -71,30 +69,8 @@ def top_products(
     columns_Nk, products_Nk = torch.cat([f.columns_Bk for f in found]), torch.cat([f.products_Bk for f in found])
     rest_X = torch.cat([~f.proven_B for f in found]).nonzero().squeeze(1)
     if len(rest_X):
-        columns_Nk[rest_X], products_Nk[rest_X] = top_in_full(x_ND[rest_X], W_DF, b_F, scale_F, k)
+        columns_Nk[rest_X], products_Nk[rest_X] = top_in_full(scores.of(rest_X), k)
     return columns_Nk, products_Nk
-
-
-def top_in_full(x_ND: Tensor, W_DF: Tensor, b_F: Tensor, scale_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """What `top_products` gives, from whole products."""
-    shift_F = b_F if scale_F is None else b_F * scale_F
-    found: list[tuple[Tensor, Tensor]] = []
-    for _, product_BF in products_in_full(x_ND, W_DF, b_F):
-        columns_Bk = kernels.top_of_product(product_BF, scale_F, shift_F, k)
-        found.append((columns_Bk, product_BF.gather(1, columns_Bk)))
-    return torch.cat([c for c, _ in found]), torch.cat([p for _, p in found])
-
-
-def products_in_full(x_ND: Tensor, W_DF: Tensor, b_F: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """`x W` in blocks of tokens, each with the number of its first, computed in the type that autocast asks for and
-    written over the one before in the bias's."""
-    dtype = product_dtype(x_ND)
-    x_ND, W_DF = x_ND.to(dtype), W_DF.to(dtype)
-    n_rows = rows_at_once(x_ND.device, b_F.element_size() * len(b_F))
-    product_BF = b_F.new_empty(min(len(x_ND), n_rows), len(b_F))
-    for start in range(0, len(x_ND), n_rows):
-        x_BD = x_ND[start : start + n_rows]
-        yield start, product(x_BD, W_DF, out=product_BF[: len(x_BD)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,23 +115,21 @@ def _top(bounds: Bounds, x_BD: Tensor, bounds_BF: Tensor, k: int, n_candidates: 
     )
 
 
-def batch_products(
-    x_ND: Tensor, W_DF: Tensor, b_F: Tensor, scale_F: Tensor | None, n: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """Entries among which are the n largest positive `s = (x W + b) * scale` of the whole batch, and few others.
+def batch_screened(scores: Scores, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Entries among which are the n largest positive `s` of the whole batch, and few others.
 
     Their rows and columns, by row, `x W` and `s` there, all `[E]`. None if this cannot be shown. Everything float32,
     on a CPU.
     """
-    bounds = Bounds(x_ND, W_DF, b_F, scale_F)
+    bounds, n_tokens, n_latents = Bounds(scores), len(scores.x_ND), scores.n_latents
     flat_E, _, floor = above_in_blocks(
-        (tokens.start, bounds.of(tokens), int(BATCH_CANDIDATES * n * (tokens.stop - tokens.start) / len(x_ND)))
+        (tokens.start, bounds.of(tokens), int(BATCH_CANDIDATES * n * (tokens.stop - tokens.start) / n_tokens))
         for tokens in bounds.blocks()
     )
-    rows_E, columns_E = flat_E // len(b_F), flat_E % len(b_F)
-    products_E, s_E = bounds.exact(x_ND, rows_E, columns_E)
+    rows_E, columns_E = flat_E // n_latents, flat_E % n_latents
+    products_E, s_E = bounds.exact(scores.x_ND, rows_E, columns_E)
     least = s_E.topk(n, sorted=False).values.amin() if len(s_E) >= n else s_E.new_zeros(())
-    outside = torch.tensor(floor, dtype=torch.int16).view(torch.bfloat16) if floor > 1 else x_ND.new_zeros(())
+    outside = torch.tensor(floor, dtype=torch.int16).view(torch.bfloat16) if floor > 1 else s_E.new_zeros(())
     if not bool(least.clamp(min=0) >= loosened(outside)):
         return None
     likely_E = (s_E >= least).nonzero().squeeze(1)

@@ -1,143 +1,100 @@
-"""The entries that selection has found, and the ways to find them that never write out what is selected on.
+"""Which way to look for what is wanted: in full, screened, or in half precision; the rest is asked block by block.
 
-Letters: N tokens, F latents, S sites, E entries, k kept of each token.
+A new activation function takes the fast ways by what it wants, not by what it is.
+
+Letters: N tokens, F latents, E entries, k kept of each token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lm_saes import machine
-from lm_saes.latents.activations.base import ActivationFunction
-from lm_saes.latents.activations.batchtopk import BatchTopK
-from lm_saes.latents.activations.topk import TopK
-from lm_saes.latents.offsets import offsets_of_rows
+from lm_saes.axes.axis import Axes
+from lm_saes.latents.selection.budget import SearchByBudget
+from lm_saes.latents.selection.full import above_in_full, top_in_full
 from lm_saes.latents.selection.half_precision import batch_in_half, half_pays, top_in_half
-from lm_saes.latents.selection.screened import (
-    batch_products,
-    products_in_full,
-    screening_pays,
-    top_in_full,
-    top_products,
-)
-
-FEW_TOKENS = 16
-"""So many tokens' pre-activations are compared at a time on a CPU: they stay in a core's cache."""
+from lm_saes.latents.selection.scores import BatchScores, Found, Scores, joined, look
+from lm_saes.latents.selection.screened import batch_screened, screening_pays, top_screened
+from lm_saes.latents.selection.search import Search, SearchByRule, SearchByThreshold, SearchByToken
+from lm_saes.latents.selection.wants import Above, BestOfBatch, BestPerToken, Rows, Want
 
 
-@dataclass(frozen=True, eq=False)
-class Found:
-    """Candidates, row by row."""
-
-    lengths: Tensor
-    """Entries of each row (token, site)."""
-    indices: Tensor
-    """`site * F + latent` of each entry."""
-    s_E: Tensor
-    product_E: Tensor
-    """`x W` without the bias."""
-    gate_E: Tensor | None
+def begin(want: Want, rows: Rows, axes: Axes, device: torch.device) -> Search:
+    """A search through a batch on `device` for what is wanted."""
+    match want:
+        case BestPerToken():
+            return SearchByToken(want, rows, axes)
+        case BestOfBatch():
+            return SearchByBudget(want, rows, axes, device)
+        case Above():
+            return SearchByThreshold(want, rows, axes)
+    return SearchByRule(want, rows, axes)
 
 
-def find_best(
-    x_ND: Tensor, W_DF: Tensor, b_F: Tensor, activation: ActivationFunction, scale_SF: Tensor | None,
-    mask_N: Tensor | None,
-) -> Found | None:  # fmt: skip
-    """The best entries of `s = (x W + b) * scale`, where it is these that an activation function keeps."""
-    scale_F = None if scale_SF is None else scale_SF.view(-1)
-    if isinstance(activation, TopK) and _chooses_like(activation, TopK):
-        return _best_of_each_token(x_ND, W_DF, b_F, activation, scale_F)
-    if isinstance(activation, BatchTopK) and _chooses_like(activation, BatchTopK) and activation.training:
-        alone = activation.axes.batch.size == 1
-        if alone and (half_pays(x_ND) or screening_pays(x_ND, len(b_F), activation.k)):
-            return _best_of_the_batch(x_ND, W_DF, b_F, activation, scale_F, mask_N)
+def find(search: Search, scores: BatchScores) -> Found:
+    """The candidates of a search through a batch, by token, then site."""
+    found = _at_once(search, scores.plain)
+    while found is None:
+        found = joined([look(block, search, tokens) for tokens, block in scores.blocks()])
+        if not search.found_enough(found.s_E, found.pattern(scores.n_sites * scores.n_latents)):
+            found = None
+    return found
+
+
+def _at_once(search: Search, scores: Sequence[Scores]) -> Found | None:
+    """What never writes out all scores, if there is such a way."""
+    if isinstance(search, SearchByToken) and (len(scores) == 1 or (scores and not search.rows.joined)):
+        return _side_by_side([_best_of_each_token(of_site, search.want.k) for of_site in scores], scores[0].n_latents)
+    if len(scores) != 1 or scores[0].b_F.dtype.itemsize < 4:
         return None
-    if activation.judges_entries:
-        return _all_above(x_ND, W_DF, b_F, activation, scale_F)
-    return None
+    if isinstance(search, SearchByThreshold):
+        return above_in_full(scores[0], search.want)
+    return _best_of_the_batch(scores[0], search) if isinstance(search, SearchByBudget) else None
 
 
-def _chooses_like(activation: ActivationFunction, kind: type[ActivationFunction]) -> bool:
-    """Whether a kind of activation function has no candidates of its own, other than its parent's."""
-    return type(activation).candidates is kind.candidates
-
-
-def _all_above(
-    x_ND: Tensor, W_DF: Tensor, b_F: Tensor, activation: ActivationFunction, scale_F: Tensor | None
-) -> Found:  # fmt: skip
-    """What exceeds its latent's bound, or lies in the window around it."""
-    above_F, low_F, _ = activation.bounds(b_F, scale_F)
-    least_F = (above_F if low_F is None or not activation.training else low_F) - b_F
-    places, products = list[Tensor](), list[Tensor]()
-    few = len(x_ND) if machine.waits_cost(x_ND.device) else FEW_TOKENS
-    for start, product_BF in products_in_full(x_ND, W_DF, b_F):
-        flat_E = torch.cat(
-            [
-                (few_BF > least_F).view(-1).nonzero().squeeze(1).add_(i * few * len(b_F))
-                for i, few_BF in enumerate(product_BF.split(few))
-            ]
-        )
-        products.append(product_BF.view(-1).index_select(0, flat_E))
-        places.append(flat_E.add_(start * len(b_F)))
-    flat_E, products_E = torch.cat(places), torch.cat(products)
-    rows_E = flat_E // len(b_F)
-    columns_E = flat_E.sub_(rows_E * len(b_F)).to(torch.int32)
-    s_E = products_E + b_F.index_select(0, columns_E)
-    s_E = s_E if scale_F is None else s_E.mul_(scale_F.index_select(0, columns_E))
-    offsets = offsets_of_rows(rows_E, len(x_ND))
-    return Found(offsets[1:] - offsets[:-1], columns_E, s_E, products_E, None)
-
-
-def find_best_of_layers(
-    x_NSD: Tensor, W_SDF: Tensor, b_SF: Tensor, activation: ActivationFunction, scale_SF: Tensor | None
-) -> Found | None:
-    """The same where each site (layer) has its own inputs and weights; entries by token, then site."""
-    if not isinstance(activation, TopK) or not _chooses_like(activation, TopK) or activation.joins_sites:
-        return None
-    scales = [None] * len(W_SDF) if scale_SF is None else scale_SF.unbind()
-    layers = zip(x_NSD.unbind(1), W_SDF, b_SF, scales, strict=True)
-    found = [_best_of_each_token(x.contiguous(), W, b, activation, scale) for x, W, b, scale in layers]
-    n_tokens, n_latents = len(x_NSD), b_SF.shape[1]
+def _side_by_side(found: Sequence[Found], n_latents: int) -> Found:
+    """The candidates of all sites, as many of each token in each, by token."""
+    if len(found) == 1:
+        return found[0]
+    n_tokens = len(found[0].lengths)
 
     def together(parts: list[Tensor]) -> Tensor:
         return torch.stack([part.view(n_tokens, -1) for part in parts], 1).view(-1)
 
     indices = together([f.indices + i * n_latents for i, f in enumerate(found)])
     s_E, products_E = together([f.s_E for f in found]), together([f.product_E for f in found])
-    return Found(together([f.lengths for f in found]), indices, s_E, products_E, None)
+    return Found(together([f.lengths for f in found]), indices, s_E, products_E)
 
 
-def _best_of_each_token(
-    x_ND: Tensor, W_DF: Tensor, b_F: Tensor, activation: TopK, scale_F: Tensor | None
-) -> Found:  # fmt: skip
-    k, best = min(activation.k, len(b_F)), None
-    if half_pays(x_ND):
-        best = top_in_half(x_ND, W_DF, b_F, scale_F, k)
-    elif screening_pays(x_ND, len(b_F), k):
-        best = top_products(x_ND, W_DF, b_F, scale_F, k)
-    columns_Nk, products_Nk = best or top_in_full(x_ND, W_DF, b_F, scale_F, k)
-    activation.offer(columns_Nk)
+def _best_of_each_token(scores: Scores, k: int) -> Found:
+    b_F, scale_F = scores.b_F, scores.scale_F
+    k, best = min(k, scores.n_latents), None
+    if half_pays(scores.x_ND):
+        best = top_in_half(scores, k)
+    elif screening_pays(scores.x_ND, scores.n_latents, k):
+        best = top_screened(scores, k)
+    columns_Nk, products_Nk = best or top_in_full(scores, k)
     columns_E, products_E = columns_Nk.view(-1), products_Nk.view(-1)
     s_E = products_E + b_F.index_select(0, columns_E)
     s_E = s_E if scale_F is None else s_E * scale_F.index_select(0, columns_E)
-    lengths = torch.full((len(x_ND),), columns_Nk.shape[1], device=x_ND.device)
-    return Found(lengths, columns_E.to(torch.int32), s_E, products_E, None)
+    lengths = torch.full((len(columns_Nk),), columns_Nk.shape[1], device=columns_Nk.device)
+    return Found(lengths, columns_E.to(torch.int32), s_E, products_E)
 
 
-def _best_of_the_batch(
-    x_ND: Tensor, W_DF: Tensor, b_F: Tensor, activation: BatchTopK, scale_F: Tensor | None, mask_N: Tensor | None
-) -> Found | None:
-    budget = activation.offer(mask_N, len(x_ND))
-    if not budget:
+def _best_of_the_batch(scores: Scores, search: SearchByBudget) -> Found | None:
+    x_ND, n_latents, mask_N = scores.x_ND, scores.n_latents, search.rows.mask_N
+    in_half = half_pays(x_ND)
+    pays = in_half or screening_pays(x_ND, n_latents, search.want.k)
+    if not pays or search.axes.batch.size > 1 or not search.budget:
         return None
     valid_X = None if mask_N is None else mask_N.nonzero().squeeze(1)
-    find = batch_in_half if half_pays(x_ND) else batch_products
-    best = find(x_ND if valid_X is None else x_ND[valid_X], W_DF, b_F, scale_F, budget)
+    find_best = batch_in_half if in_half else batch_screened
+    best = find_best(scores if valid_X is None else scores.of(valid_X), search.budget)
     if best is None:
         return None
     rows_E, columns_E, products_E, s_E = best
     lengths = torch.bincount(rows_E if valid_X is None else valid_X[rows_E], minlength=len(x_ND))
-    return Found(lengths, columns_E.to(torch.int32), s_E, products_E, None)
+    return Found(lengths, columns_E.to(torch.int32), s_E, products_E)
