@@ -16,7 +16,8 @@ from lm_saes.data.batch import Batch
 from lm_saes.dictionaries.sae import SAEConfig, SparseAutoEncoder
 from lm_saes.errors import ConfigError
 from lm_saes.initializer import Initializer, InitializerConfig
-from lm_saes.models.base import LanguageModel, LanguageModelConfig, load_language_model
+from lm_saes.models.base import LanguageModel, LanguageModelConfig
+from lm_saes.models.load import load_language_model
 
 from .random_model import save
 

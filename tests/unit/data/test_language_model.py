@@ -10,8 +10,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lm_saes.errors import ConfigError, DataError
-from lm_saes.models.base import LanguageModelConfig, load_language_model
+from lm_saes.models.base import LanguageModelConfig
 from lm_saes.models.huggingface import HuggingFaceLanguageModel
+from lm_saes.models.load import load_language_model
 from lm_saes.models.loading import automatic_dtype
 
 TEXTS = ["the cat sat on the mat", "a dog: naïve, 日本 and 🙂", "the dog saw\nthe cat"]

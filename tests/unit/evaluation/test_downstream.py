@@ -11,7 +11,8 @@ from lm_saes.data.batch import Batch
 from lm_saes.evaluation.downstream import DownstreamLoss
 from lm_saes.evaluation.evaluator import EvalConfig, Evaluator, numbers
 from lm_saes.evaluation.examples import LatentExample
-from lm_saes.models.base import LanguageModel, LanguageModelConfig, load_language_model
+from lm_saes.models.base import LanguageModel, LanguageModelConfig
+from lm_saes.models.load import load_language_model
 
 from ...tiny_run import make_place
 from .by_hand import HOOK, dictionary, identity
