@@ -9,6 +9,11 @@ import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 
+STREAM_PATIENCE_S = 60.0
+"""How long a batch is waited for before a warning says what the stream is doing."""
+STREAM_END_S = 10.0
+"""How long a stream's thread that is to end is waited for; one that never does must not keep the process."""
+
 
 def waits_cost(device: torch.device | str) -> bool:
     """Whether reading a value that lies on `device` costs time.

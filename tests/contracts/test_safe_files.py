@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from lm_saes import AbstractSparseAutoEncoder, SparseAutoEncoder, Trainer, TrainerConfig
 from lm_saes.config import build, read_document
+from lm_saes.data.activity import Activity
 from lm_saes.data.cache import ActivationCache, CachedSource
 from lm_saes.data.text import DatasetConfig, load_dataset
 from lm_saes.dictionaries.files import load_tensors, load_weights
@@ -435,7 +436,8 @@ def test_a_shard_that_is_a_link_out_of_its_cache_is_refused(place: Place) -> Non
     shard.symlink_to("inside")
     (place.path / "link").symlink_to(place.cache)
     cache = ActivationCache(place.path / "link")  # links to a cache, or within it, are nobody's business
-    assert CachedSource(cache, [HOOK], contexts=False, piece=4, epochs=1, place=0).draw(4) is not None
+    source = CachedSource(cache, [HOOK], contexts=False, piece=4, epochs=1, place=0, activity=Activity())
+    assert source.draw(4) is not None
 
 
 @pytest.mark.parametrize("name", ["../../config.json", "/etc/passwd", "a/../../x", "..", ""])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_saes.data.activity import Activity
 from lm_saes.data.cache import ActivationCache, CachedSource
 from lm_saes.data.contexts import ContextSource, check_context_size
 from lm_saes.data.factory_config import (
@@ -74,6 +75,7 @@ class _Assembly:
         self.seed = seed
         self.model = model
         self.datasets = datasets
+        self.activity = Activity()
         self.single_tokens = cfg.target == ActivationFactoryTarget.ACTIVATIONS_1D
         self.caches = {
             i: ActivationCache(source.path)
@@ -97,7 +99,7 @@ class _Assembly:
         sources = [self._source(i, source) for i, source in enumerate(cfg.sources)]
         mixer = Mixer(sources, [source.sample_weights for source in cfg.sources], self.seed)
         model = self.model if cfg.dataset_sources else None
-        reader = Reader(mixer, model, cfg.hook_points, cfg.model_batch_size, cfg.max_norm_ratio)
+        reader = Reader(mixer, model, cfg.hook_points, cfg.model_batch_size, self.activity, cfg.max_norm_ratio)
         origins = [self._origin(i) for i in range(len(cfg.sources))]
         settings = cfg.to_json() | {"seed": self.seed}
         provenance = {
@@ -106,7 +108,7 @@ class _Assembly:
             "sources": origins,
         }
         identity = _identity(settings, origins, provenance["model"])
-        return ActivationStream(self._producer(reader), cfg.num_workers, identity, provenance)
+        return ActivationStream(self._producer(reader), cfg.num_workers, identity, provenance, self.activity)
 
     def _producer(self, reader: Reader) -> Producer:
         cfg = self.cfg
@@ -118,7 +120,7 @@ class _Assembly:
         if cfg.buffer_size is None or self.whole:
             return RowBatches(rows, cfg.batch_size, dtype)
         buffer = ShuffleBuffer(cfg.buffer_size, cfg.batch_size, kept, self.shuffle_seed, self.shuffle_device)
-        return ShuffledRowBatches(rows, buffer, cfg.batch_size, dtype)
+        return ShuffledRowBatches(rows, buffer, cfg.batch_size, dtype, self.activity)
 
     def _source(
         self, place: int, source: ActivationFactoryDatasetSource | ActivationFactoryActivationsSource
@@ -135,6 +137,7 @@ class _Assembly:
                 shuffle=(self.shuffle_seed, self.shuffle_device) if self.shuffles else None,
                 whole=self.whole,
                 dtype=(cfg.override_dtype or torch.float32) if self.whole else None,
+                activity=self.activity,
             )
         if source.name not in self.datasets:
             known = ", ".join(map(repr, self.datasets)) or "none"
@@ -153,6 +156,7 @@ class _Assembly:
             is_tokenized=source.is_dataset_tokenized,
             epochs=source.epochs,
             ignore_token_ids=self._ignored(self.model),
+            activity=self.activity,
         )
 
     def _piece(self) -> int:
