@@ -135,7 +135,7 @@ def test_many_latents_go_through_the_mlp_in_blocks(monkeypatch: pytest.MonkeyPat
         return x.sin()
 
     for sae, rows in ((whole, 64), (cut, 24)):
-        monkeypatch.setattr("lm_saes.dictionaries.sae.MLP_ROWS", rows)
+        monkeypatch.setattr("lm_saes.machine.MLP_ROWS", rows)
         torch.manual_seed(1)
         Initializer(InitializerConfig()).initialize_parameters(sae)
         sae.init_tc_with_mlp(batch, mlp)

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lm_saes import machine
 from lm_saes.data.activity import Activity
 from lm_saes.data.text import TextDataset
 from lm_saes.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from lm_saes.models.base import LanguageModel
-
-_TOKENIZE = 64
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class ContextSource:
 
     def _tokenized(self, start: int) -> Iterator[list[int]]:
         texts = self._activity.drawing("reading text", self._dataset.documents(start))
-        while some := list(islice(texts, _TOKENIZE)):
+        while some := list(islice(texts, machine.DOCUMENTS_TOKENIZED)):
             with self._activity.doing("tokenizing text"):
                 tokenized = self._model.tokenize(some)
             yield from tokenized

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_saes import machine
 from lm_saes.data.activity import Activity
 from lm_saes.data.cache import ActivationCache, CachedSource
 from lm_saes.data.contexts import ContextSource, check_context_size
@@ -25,13 +25,11 @@ from lm_saes.data.sources import Mixer, Source
 from lm_saes.data.stream import ActivationStream
 from lm_saes.data.text import TextDataset
 from lm_saes.errors import ConfigError
-from lm_saes.models.loading import check_device
 
 if TYPE_CHECKING:
     from lm_saes.models.base import LanguageModel
 
 _MIXED_ROWS = 128
-_MEMORY_SHARE = 0.8
 
 
 class ActivationFactory:
@@ -86,7 +84,7 @@ class _Assembly:
         self.shuffle_seed = seed if shuffle.perm_seed is None else shuffle.perm_seed
         self.shuffle_device = shuffle.generator_device
         if self.shuffle_device is not None:
-            check_device(self.shuffle_device, "activation_factory.buffer_shuffle.generator_device")
+            machine.check_device(self.shuffle_device, "activation_factory.buffer_shuffle.generator_device")
         self.shuffles = cfg.buffer_size is not None or cfg.buffer_shuffle is not None
         self.whole = self.single_tokens and self.shuffles and not cfg.dataset_sources and self._fits()
 
@@ -178,8 +176,8 @@ class _Assembly:
         needed = sum(
             cache.bytes_per_token(self.cfg.hook_points) * cache.index.n_tokens for cache in self.caches.values()
         )
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed > _MEMORY_SHARE * memory:
+        memory = machine.memory_bytes()
+        if needed > machine.MEMORY_SHARE * memory:
             raise ConfigError(
                 f"buffer_size=None with buffer_shuffle: the caches need {needed / 2**30:.3g} of "
                 f"{memory / 2**30:.3g} GiB of memory; set buffer_size, the tokens to hold at a time"
