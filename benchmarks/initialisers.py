@@ -25,7 +25,8 @@ from lm_saes.data.batch import Batch
 from lm_saes.data.text import load_dataset
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.machine import keep_freed_memory
-from lm_saes.models.base import LanguageModel, load_language_model
+from lm_saes.models.base import LanguageModel
+from lm_saes.models.load import load_language_model
 from lm_saes.runs.runners import train_settings_class
 from lm_saes.runs.settings import TrainSettings, held_out
 

@@ -36,8 +36,7 @@ from torch import Tensor
 
 from lm_saes import SparseAutoEncoder, Trainer, TrainerConfig
 from lm_saes.config import build
-from lm_saes.latents.products import cpu_computes_in
-from lm_saes.machine import keep_freed_memory
+from lm_saes.machine import cpu_computes_in, keep_freed_memory
 
 DEAD_SHARE = 0.1
 LONG_AGO = 1 << 40

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from lm_saes.initializer import InitializerConfig as InitializerConfig
     from lm_saes.models.base import LanguageModel as LanguageModel
     from lm_saes.models.base import LanguageModelConfig as LanguageModelConfig
-    from lm_saes.models.base import load_language_model as load_language_model
     from lm_saes.models.huggingface import HuggingFaceLanguageModel as HuggingFaceLanguageModel
+    from lm_saes.models.load import load_language_model as load_language_model
     from lm_saes.models.transformer_lens import TransformerLensLanguageModel as TransformerLensLanguageModel
     from lm_saes.runs.runners import EvaluateSAESettings as EvaluateSAESettings
     from lm_saes.runs.runners import GenerateActivationsSettings as GenerateActivationsSettings
@@ -100,7 +100,7 @@ _MODULE_OF = {
     "evaluate_sae": "lm_saes.runs.runners",
     "generate_activations": "lm_saes.runs.runners",
     "load_dataset": "lm_saes.data.text",
-    "load_language_model": "lm_saes.models.base",
+    "load_language_model": "lm_saes.models.load",
     "train_clt": "lm_saes.runs.runners",
     "train_crosscoder": "lm_saes.runs.runners",
     "train_lorsa": "lm_saes.runs.runners",

@@ -1,6 +1,12 @@
 """The exceptions that a person sees. A message names the setting, its value, the rule and the remedy, in one line."""
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+
+
 class LMSaesError(Exception):
     """Anything that the user of the package can put right."""
 

@@ -19,11 +19,13 @@ from safetensors.torch import load_file
 
 from lm_saes import AbstractSparseAutoEncoder, SparseAutoEncoder, Trainer, TrainerConfig
 from lm_saes.config import build, read_document
+from lm_saes.data.activity import Activity
 from lm_saes.data.cache import ActivationCache, CachedSource
 from lm_saes.data.text import DatasetConfig, load_dataset
 from lm_saes.dictionaries.files import load_tensors, load_weights
 from lm_saes.errors import LMSaesError
-from lm_saes.models.base import LanguageModelConfig, load_language_model
+from lm_saes.models.base import LanguageModelConfig
+from lm_saes.models.load import load_language_model
 from lm_saes.report.report import write_report
 from lm_saes.runs.runners import evaluate_from_config, train_from_config
 from lm_saes.storage.manifest import write_manifest
@@ -434,7 +436,8 @@ def test_a_shard_that_is_a_link_out_of_its_cache_is_refused(place: Place) -> Non
     shard.symlink_to("inside")
     (place.path / "link").symlink_to(place.cache)
     cache = ActivationCache(place.path / "link")  # links to a cache, or within it, are nobody's business
-    assert CachedSource(cache, [HOOK], contexts=False, piece=4, epochs=1, place=0).draw(4) is not None
+    source = CachedSource(cache, [HOOK], contexts=False, piece=4, epochs=1, place=0, activity=Activity())
+    assert source.draw(4) is not None
 
 
 @pytest.mark.parametrize("name", ["../../config.json", "/etc/passwd", "a/../../x", "..", ""])

@@ -16,7 +16,8 @@ from lm_saes.data.batch import Batch
 from lm_saes.dictionaries.sae import SAEConfig, SparseAutoEncoder
 from lm_saes.errors import ConfigError
 from lm_saes.initializer import Initializer, InitializerConfig
-from lm_saes.models.base import LanguageModel, LanguageModelConfig, load_language_model
+from lm_saes.models.base import LanguageModel, LanguageModelConfig
+from lm_saes.models.load import load_language_model
 
 from .random_model import save
 
@@ -134,7 +135,7 @@ def test_many_latents_go_through_the_mlp_in_blocks(monkeypatch: pytest.MonkeyPat
         return x.sin()
 
     for sae, rows in ((whole, 64), (cut, 24)):
-        monkeypatch.setattr("lm_saes.dictionaries.sae.MLP_ROWS", rows)
+        monkeypatch.setattr("lm_saes.machine.MLP_ROWS", rows)
         torch.manual_seed(1)
         Initializer(InitializerConfig()).initialize_parameters(sae)
         sae.init_tc_with_mlp(batch, mlp)

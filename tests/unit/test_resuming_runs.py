@@ -16,7 +16,8 @@ from lm_saes.config import build
 from lm_saes.data.factory_config import ActivationFactoryConfig
 from lm_saes.data.text import DatasetConfig, load_dataset
 from lm_saes.errors import CheckpointError, ConfigError
-from lm_saes.models.base import LanguageModelConfig, load_language_model
+from lm_saes.models.base import LanguageModelConfig
+from lm_saes.models.load import load_language_model
 from lm_saes.storage import manifest
 from lm_saes.training.checkpoint import saved_steps
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lm_saes.config import BaseConfig, DType, build
+from lm_saes.data.activity import Activity
 from lm_saes.data.batch import Batch
 from lm_saes.data.rows import copy_rows, take_rows
 from lm_saes.data.seeding import permutation
@@ -161,6 +162,7 @@ class CachedSource:
         shuffle: tuple[int, str | None] | None = None,
         whole: bool = False,
         dtype: torch.dtype | None = None,
+        activity: Activity,
     ):
         self._cache = cache
         self._contexts = contexts
@@ -172,12 +174,17 @@ class CachedSource:
         self._shuffle = shuffle
         self._whole = whole
         self._dtype = dtype
+        self._activity = activity
         self._epoch = self._segment = self._row = 0
         self._loaded: tuple[int, dict[str, Tensor]] = (-1, {})
         self._order: tuple[tuple[int, int], Tensor | None] = ((-1, -1), None)
 
     def draw(self, limit: int) -> Batch | None:
         """The next rows, at most `limit`, or None after the last epoch."""
+        with self._activity.doing("reading cached activations"):
+            return self._draw(limit)
+
+    def _draw(self, limit: int) -> Batch | None:
         while self._epochs is None or self._epoch < self._epochs:
             rows = self._load()
             n = rows["tokens"].shape[0]

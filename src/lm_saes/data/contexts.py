@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lm_saes import machine
+from lm_saes.data.activity import Activity
 from lm_saes.data.text import TextDataset
 from lm_saes.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from lm_saes.models.base import LanguageModel
-
-_TOKENIZE = 64
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class ContextSource:
         is_tokenized: bool,
         epochs: int | None,
         ignore_token_ids: frozenset[int],
+        activity: Activity,
     ):
         self._dataset = dataset
         self._model = model
@@ -63,6 +64,7 @@ class ContextSource:
         self._is_tokenized = is_tokenized
         self._epochs = epochs
         self._ignore = ignore_token_ids
+        self._activity = activity
         self._epoch = 0
         self._document = 0
         self._offset = 0
@@ -73,7 +75,8 @@ class ContextSource:
         """The next context (one, whatever `limit`), or None after the last epoch."""
         while self._epochs is None or self._epoch < self._epochs:
             at_start = self._document == self._offset == 0
-            context = self._next_in_epoch()
+            with self._activity.doing("making contexts"):
+                context = self._next_in_epoch()
             if context is not None:
                 return context
             if at_start:
@@ -121,7 +124,7 @@ class ContextSource:
     def _token_lists(self, start: int) -> Iterator[list[int]]:
         """The tokens of each document from `start` on, without a BOS in front."""
         position = start
-        for tokens in self._dataset.token_lists(start) if self._is_tokenized else self._tokenized(start):
+        for tokens in self._read_tokens(start) if self._is_tokenized else self._tokenized(start):
             if self._is_tokenized and tokens and not 0 <= min(tokens) <= max(tokens) < self._model.vocab_size:
                 raise DataError(
                     f"dataset {self._name}: document {position}: token ids from {min(tokens)} to {max(tokens)} are not "
@@ -130,10 +133,15 @@ class ContextSource:
             yield tokens[1:] if self._bos and tokens[:1] == self._bos else tokens
             position += 1
 
+    def _read_tokens(self, start: int) -> Iterator[list[int]]:
+        return self._activity.drawing("reading text", self._dataset.token_lists(start))
+
     def _tokenized(self, start: int) -> Iterator[list[int]]:
-        texts = self._dataset.documents(start)
-        while some := list(islice(texts, _TOKENIZE)):
-            yield from self._model.tokenize(some)
+        texts = self._activity.drawing("reading text", self._dataset.documents(start))
+        while some := list(islice(texts, machine.DOCUMENTS_TOKENIZED)):
+            with self._activity.doing("tokenizing text"):
+                tokenized = self._model.tokenize(some)
+            yield from tokenized
 
     def _context(self, tokens: list[int], meta: dict[str, Any]) -> Context:
         length = len(tokens)

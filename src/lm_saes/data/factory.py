@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_saes import machine
+from lm_saes.data.activity import Activity
 from lm_saes.data.cache import ActivationCache, CachedSource
 from lm_saes.data.contexts import ContextSource, check_context_size
 from lm_saes.data.factory_config import (
@@ -24,13 +25,11 @@ from lm_saes.data.sources import Mixer, Source
 from lm_saes.data.stream import ActivationStream
 from lm_saes.data.text import TextDataset
 from lm_saes.errors import ConfigError
-from lm_saes.models.loading import check_device
 
 if TYPE_CHECKING:
     from lm_saes.models.base import LanguageModel
 
 _MIXED_ROWS = 128
-_MEMORY_SHARE = 0.8
 
 
 class ActivationFactory:
@@ -74,6 +73,7 @@ class _Assembly:
         self.seed = seed
         self.model = model
         self.datasets = datasets
+        self.activity = Activity()
         self.single_tokens = cfg.target == ActivationFactoryTarget.ACTIVATIONS_1D
         self.caches = {
             i: ActivationCache(source.path)
@@ -84,7 +84,7 @@ class _Assembly:
         self.shuffle_seed = seed if shuffle.perm_seed is None else shuffle.perm_seed
         self.shuffle_device = shuffle.generator_device
         if self.shuffle_device is not None:
-            check_device(self.shuffle_device, "activation_factory.buffer_shuffle.generator_device")
+            machine.check_device(self.shuffle_device, "activation_factory.buffer_shuffle.generator_device")
         self.shuffles = cfg.buffer_size is not None or cfg.buffer_shuffle is not None
         self.whole = self.single_tokens and self.shuffles and not cfg.dataset_sources and self._fits()
 
@@ -97,7 +97,7 @@ class _Assembly:
         sources = [self._source(i, source) for i, source in enumerate(cfg.sources)]
         mixer = Mixer(sources, [source.sample_weights for source in cfg.sources], self.seed)
         model = self.model if cfg.dataset_sources else None
-        reader = Reader(mixer, model, cfg.hook_points, cfg.model_batch_size, cfg.max_norm_ratio)
+        reader = Reader(mixer, model, cfg.hook_points, cfg.model_batch_size, self.activity, cfg.max_norm_ratio)
         origins = [self._origin(i) for i in range(len(cfg.sources))]
         settings = cfg.to_json() | {"seed": self.seed}
         provenance = {
@@ -106,7 +106,7 @@ class _Assembly:
             "sources": origins,
         }
         identity = _identity(settings, origins, provenance["model"])
-        return ActivationStream(self._producer(reader), cfg.num_workers, identity, provenance)
+        return ActivationStream(self._producer(reader), cfg.num_workers, identity, provenance, self.activity)
 
     def _producer(self, reader: Reader) -> Producer:
         cfg = self.cfg
@@ -118,7 +118,7 @@ class _Assembly:
         if cfg.buffer_size is None or self.whole:
             return RowBatches(rows, cfg.batch_size, dtype)
         buffer = ShuffleBuffer(cfg.buffer_size, cfg.batch_size, kept, self.shuffle_seed, self.shuffle_device)
-        return ShuffledRowBatches(rows, buffer, cfg.batch_size, dtype)
+        return ShuffledRowBatches(rows, buffer, cfg.batch_size, dtype, self.activity)
 
     def _source(
         self, place: int, source: ActivationFactoryDatasetSource | ActivationFactoryActivationsSource
@@ -135,6 +135,7 @@ class _Assembly:
                 shuffle=(self.shuffle_seed, self.shuffle_device) if self.shuffles else None,
                 whole=self.whole,
                 dtype=(cfg.override_dtype or torch.float32) if self.whole else None,
+                activity=self.activity,
             )
         if source.name not in self.datasets:
             known = ", ".join(map(repr, self.datasets)) or "none"
@@ -153,6 +154,7 @@ class _Assembly:
             is_tokenized=source.is_dataset_tokenized,
             epochs=source.epochs,
             ignore_token_ids=self._ignored(self.model),
+            activity=self.activity,
         )
 
     def _piece(self) -> int:
@@ -174,8 +176,8 @@ class _Assembly:
         needed = sum(
             cache.bytes_per_token(self.cfg.hook_points) * cache.index.n_tokens for cache in self.caches.values()
         )
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed > _MEMORY_SHARE * memory:
+        memory = machine.memory_bytes()
+        if needed > machine.MEMORY_SHARE * memory:
             raise ConfigError(
                 f"buffer_size=None with buffer_shuffle: the caches need {needed / 2**30:.3g} of "
                 f"{memory / 2**30:.3g} GiB of memory; set buffer_size, the tokens to hold at a time"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from lm_saes.data.activity import Activity
 from lm_saes.data.batch import Batch
 from lm_saes.data.contexts import Context
 from lm_saes.data.rows import copy_rows
@@ -53,12 +54,14 @@ class Reader:
         model: LanguageModel | None,
         hook_points: Sequence[str],
         n_draws: int,
+        activity: Activity,
         max_norm_ratio: float | None = None,
     ):
         self._mixer = mixer
         self._model = model
         self._hook_points = hook_points
         self._n_draws = n_draws
+        self._activity = activity
         self._max_norm_ratio = max_norm_ratio
 
     def read(self, limit: int) -> list[Batch]:
@@ -67,7 +70,10 @@ class Reader:
         cached: list[Batch] = []
         rows = 0
         for _ in range(self._n_draws):
-            piece = self._mixer.draw(limit - rows) if rows < limit else None
+            if rows >= limit:
+                break
+            with self._activity.doing("mixing sources"):
+                piece = self._mixer.draw(limit - rows)
             if piece is None:
                 break
             if isinstance(piece, Context):
@@ -76,7 +82,10 @@ class Reader:
             else:
                 cached.append(piece)
                 rows += piece["tokens"].shape[0]
-        return [self._forward(contexts), *cached] if contexts else cached
+        if not contexts:
+            return cached
+        with self._activity.doing("running the language model"):
+            return [self._forward(contexts), *cached]
 
     def state_dict(self) -> dict[str, Any]:
         return self._mixer.state_dict()
@@ -236,9 +245,10 @@ class ShuffledRowBatches:
 
     light = False
 
-    def __init__(self, rows: Rows, buffer: ShuffleBuffer, batch_size: int, dtype: torch.dtype):
+    def __init__(self, rows: Rows, buffer: ShuffleBuffer, batch_size: int, dtype: torch.dtype, activity: Activity):
         self._rows = rows
         self._buffer = buffer
+        self._activity = activity
         self._batch_size = batch_size
         self._dtype = dtype
         self._given = 0
@@ -246,11 +256,13 @@ class ShuffledRowBatches:
     def next(self) -> Batch | None:
         while self._buffer.n_free:
             current = self._rows.current()
-            if current is None:
-                self._buffer.drain()
-                break
-            self._rows.advance(self._buffer.put(*current))
-        batch = self._buffer.take(self._dtype)
+            with self._activity.doing("shuffling"):
+                if current is None:
+                    self._buffer.drain()
+                    break
+                self._rows.advance(self._buffer.put(*current))
+        with self._activity.doing("shuffling"):
+            batch = self._buffer.take(self._dtype)
         n = batch["tokens"].shape[0] if batch else 0
         if not n or (n < self._batch_size and self._given):
             return None

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_PIECE = 32768
-"""torch works on fewer elements than this in the calling thread."""
+from lm_saes import machine
 
 
 def take_rows(x: Tensor, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -30,4 +29,4 @@ def copy_rows(target: Tensor, x: Tensor) -> None:
 
 
 def _rows_at_a_time(x: Tensor) -> int:
-    return max(1, (_PIECE - 1) // max(1, x[:1].numel()))
+    return max(1, (machine.SINGLE_THREAD_ELEMENTS - 1) // max(1, x[:1].numel()))

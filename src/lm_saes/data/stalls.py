@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+
+from lm_saes.data.activity import Activity
 
 _LOG = logging.getLogger(__name__)
-_HERE = {Path(__file__).parent, Path(__file__).parents[1] / "models"}
-_STAGES = {
-    "text": "reading text",
-    "contexts": "making contexts",
-    "sources": "mixing sources",
-    "cache": "reading cached activations",
-    "pretrained": "running the language model",
-    "huggingface": "running the language model",
-    "transformer_lens": "running the language model",
-    "shuffle": "shuffling",
-    "producers._forward": "running the language model",
-    "producers": "making a batch",
-}
-"""What the modules here, and some of their functions, do."""
 
 
 class Watch:
     """Warns, from a thread of its own, while somebody waits for longer than `patience` seconds; then ever less often.
 
-    `worker` gives the identity of the thread that is waited for: where it stands names the stage.
+    A warning tells the stage that the stream's parts say they are at.
     """
 
-    def __init__(self, patience: float, worker: Callable[[], int | None]):
+    def __init__(self, patience: float, activity: Activity):
         self._patience = patience
-        self._worker = worker
+        self._activity = activity
         self._since: float | None = None
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -65,16 +51,4 @@ class Watch:
             waited = time.monotonic() - since
             if waited >= due:
                 told = (since, 2 * waited)
-                _LOG.warning("no batch for %.3g s; the stream is %s", waited, self.stage())
-
-    def stage(self) -> str:
-        """What the thread that is waited for is doing, and where in the source."""
-        frame = sys._current_frames().get(self._worker() or 0)
-        while frame is not None:
-            file = Path(frame.f_code.co_filename)
-            name = frame.f_code.co_name
-            stage = _STAGES.get(f"{file.stem}.{name}", _STAGES.get(file.stem))
-            if file.parent in _HERE and stage is not None:
-                return f"{stage} ({file.name}:{frame.f_lineno}, {name})"
-            frame = frame.f_back
-        return "between batches"
+                _LOG.warning("no batch for %.3g s; the stream is %s", waited, str(self._activity))

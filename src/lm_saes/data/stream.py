@@ -10,7 +10,9 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lm_saes import machine
 from lm_saes.axes.differences import differences
+from lm_saes.data.activity import Activity
 from lm_saes.data.batch import Batch
 from lm_saes.data.producers import Producer
 from lm_saes.data.stalls import Watch
@@ -19,10 +21,6 @@ from lm_saes.errors import CheckpointError, DataError
 _Item = tuple[Batch, dict[str, Any] | None]
 """A batch, and the state after it where that is cheap to take."""
 _LOG = logging.getLogger(__name__)
-_PATIENCE_S = 60.0
-"""How long a batch is waited for before a warning says what the stream is doing."""
-_LONGEST_END_S = 10.0
-"""How long a thread that is to end is waited for; one that never does must not keep the process."""
 
 
 class _Ahead:
@@ -32,22 +30,21 @@ class _Ahead:
     the two in agreement.
     """
 
-    def __init__(self, producer: Producer, depth: int):
-        self.watch = Watch(_PATIENCE_S, self._worker)
+    def __init__(self, producer: Producer, depth: int, activity: Activity):
+        self.watch = Watch(machine.STREAM_PATIENCE_S, activity)
         self.producer = producer
         self.ready: deque[_Item] = deque()
         self.moving = threading.Lock()
         self._depth = depth
+        self._activity = activity
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopped = False
         self._ended = False
         self._error: BaseException | None = None
-        self._consumer: int | None = None
 
     def get(self) -> _Item | None:
         """The next batch, or None at the end. What went wrong in the thread is raised here, with its traceback."""
-        self._consumer = threading.get_ident()
         with self.watch.waiting():
             return self._get()
 
@@ -75,15 +72,12 @@ class _Ahead:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
             if self._thread.is_alive():
-                _LOG.warning("the stream does not end; it is %s, and is left behind", self.watch.stage())
-
-    def _worker(self) -> int | None:
-        """The thread that makes batches: with `depth` 0, the one that waits for them."""
-        return self._consumer if self._thread is None else self._thread.ident
+                _LOG.warning("the stream does not end; it is %s, and is left behind", str(self._activity))
 
     def _make(self) -> _Item | None:
-        batch = self.producer.next()
-        return None if batch is None else (batch, self.producer.state_dict() if self.producer.light else None)
+        with self._activity.doing("making a batch"):
+            batch = self.producer.next()
+            return None if batch is None else (batch, self.producer.state_dict() if self.producer.light else None)
 
     def _run(self) -> None:
         try:
@@ -114,14 +108,21 @@ class ActivationStream:
     While `next` waits for longer than a minute, warnings say what the stream is doing.
     """
 
-    def __init__(self, producer: Producer, depth: int, settings: dict[str, Any], provenance: dict[str, Any]):
-        self._ahead = _Ahead(producer, depth)
+    def __init__(
+        self,
+        producer: Producer,
+        depth: int,
+        settings: dict[str, Any],
+        provenance: dict[str, Any],
+        activity: Activity,
+    ):
+        self._ahead = _Ahead(producer, depth, activity)
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
         self._provenance = provenance
         self._peeked: deque[_Item] = deque()
         self._begun = self._closed = False
         self._state = producer.state_dict() if producer.light else None
-        weakref.finalize(self, _Ahead.stop, self._ahead, _LONGEST_END_S)
+        weakref.finalize(self, _Ahead.stop, self._ahead, machine.STREAM_END_S)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -178,7 +179,7 @@ class ActivationStream:
     def close(self) -> None:
         """End the background thread; no more batches can be read. The state can still be taken."""
         self._closed = True
-        self._ahead.stop(_LONGEST_END_S)
+        self._ahead.stop(machine.STREAM_END_S)
 
     def __enter__(self) -> ActivationStream:
         return self

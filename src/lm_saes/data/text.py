@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
+from lm_saes import machine
 from lm_saes.config import BaseConfig
 from lm_saes.errors import DataError
 from lm_saes.storage.files import inside
 
 _FILE_KINDS = (".txt", ".json", ".jsonl", ".parquet")
-_FETCH = 256
 
 
 class DatasetConfig(BaseConfig):
@@ -106,8 +106,8 @@ class TextDataset:
         return self._cfg.to_json() | {"documents": len(self), "fingerprint": self._fingerprint}
 
     def _values(self, start: int) -> Iterator[tuple[int, Any]]:
-        for first in range(start, len(self._rows), _FETCH):
-            rows = list(self._rows[first : first + _FETCH])
+        for first in range(start, len(self._rows), machine.DOCUMENTS_READ):
+            rows = list(self._rows[first : first + machine.DOCUMENTS_READ])
             try:
                 values = self._fetch(rows)
             except Exception as error:  # whatever `datasets` raises about a file that is not what it should be

@@ -192,7 +192,7 @@ class LowRankSparseAttention(SingleDictionary):
         Raises:
             ConfigError: this Lorsa attends in another way than the layer.
         """
-        mhsa.check_like(self.cfg)
+        self.cfg.check_attends_like(mhsa)
         mhsa, factor = mhsa.reading(self.cfg.hook_point_in), self._input_factor()
         heads = self._own(mhsa.spread(self.cfg.n_qk_heads, "n_qk_heads"))
         keys = mhsa.keys_of(heads)

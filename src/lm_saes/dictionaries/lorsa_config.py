@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
 from lm_saes.dictionaries.single import SingleConfig
+from lm_saes.errors import ConfigError
 from lm_saes.latents.rotary import NTKByParts, Rotary
+
+if TYPE_CHECKING:
+    from lm_saes.models.attention_weights import AttentionWeights
 
 _ROTARY = ("rotary_dim", "rotary_base", "rotary_adjacent_pairs", "rotary_scale", "use_NTK_by_parts_rope")
 _BY_PARTS = ("NTK_by_parts_factor", "NTK_by_parts_low_freq_factor", "NTK_by_parts_high_freq_factor", "old_context_len")
@@ -105,3 +110,18 @@ class LorsaConfig(SingleConfig):
                               self.NTK_by_parts_high_freq_factor, self.old_context_len)  # fmt: skip
         return Rotary(self.rotary_dim, self.rotary_base, self.rotary_adjacent_pairs, self.rotary_scale,
                       by_parts if self.use_NTK_by_parts_rope else None)  # fmt: skip
+
+    def check_attends_like(self, mhsa: AttentionWeights) -> None:
+        """Raise `ConfigError` unless queries and keys make patterns here as they do in a layer's own attention."""
+        for name, theirs in mhsa.settings.items():
+            own = self.score_scale if name == "attn_scale" else getattr(self, name)
+            close = (
+                isinstance(theirs, float) and isinstance(own, int | float) and math.isclose(own, theirs, rel_tol=1e-6)
+            )
+            if own != theirs and not close:
+                raise ConfigError(f"{name}={own!r}: the model's attention has {theirs!r}; set that to start from it")
+        if mhsa.window is not None and mhsa.window < self.n_ctx:
+            raise ConfigError(
+                f"n_ctx={self.n_ctx}: the model's attention goes back {mhsa.window} tokens only; use that, and "
+                "contexts as short"
+            )

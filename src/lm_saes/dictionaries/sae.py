@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from lm_saes import machine
 from lm_saes.dictionaries.rows import active_directions, scale_to, valid_rows
 from lm_saes.dictionaries.single import LinearlyEncoded, SingleConfig
 from lm_saes.latents.codes import Code
@@ -24,10 +25,6 @@ from lm_saes.latents.encode.encoders import LinearEncoder
 from lm_saes.latents.gradients.rows import chosen_rows
 from lm_saes.latents.record import Record
 from lm_saes.losses.dead_latents import DeadList, auxk
-
-MLP_ROWS = 4096
-"""Rows that go through the model's MLP at a time: its hidden layer is several times wider than the model."""
-
 
 class SAEConfig(SingleConfig):
     """A sparse autoencoder, or a transcoder if the two hook points differ."""
@@ -154,7 +151,7 @@ class SparseAutoEncoder(LinearlyEncoded):
         mean_D = x_ND.mean(0)
         distance = torch.linalg.vector_norm(x_ND - mean_D, dim=1).mean()
         self.set_encoder_to_fixed_norm(1.0)
-        blocks = self.W_E.T.split(MLP_ROWS)
+        blocks = self.W_E.T.split(machine.MLP_ROWS)
         y_FD = torch.cat([mlp(mean_D + distance * directions) for directions in blocks])
         self.W_D.copy_(y_FD - y_FD.mean(0))
         self.set_decoder_to_fixed_norm(1.0, force_exact=True)

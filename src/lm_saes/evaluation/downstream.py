@@ -12,11 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lm_saes import machine
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.models.base import LanguageModel
-
-TOKENS_PER_FORWARD = 1024
-"""Contexts are run in groups of about this many tokens, which bounds the memory that the logits take."""
 
 
 class DownstreamLoss:
@@ -40,7 +38,7 @@ class DownstreamLoss:
         used = counted.any(1)
         if not used.any():
             return
-        n_contexts = max(1, TOKENS_PER_FORWARD // tokens_BS.shape[1])
+        n_contexts = max(1, machine.TOKENS_PER_FORWARD // tokens_BS.shape[1])
         for tokens, mask in zip(tokens_BS[used].split(n_contexts), mask_BS[used].split(n_contexts), strict=True):
             self._add_group(tokens.to(self.model.device), mask.to(self.model.device))
 

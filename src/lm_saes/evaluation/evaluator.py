@@ -1,6 +1,6 @@
 """Measures a trained dictionary on held-out text: reconstruction, sparsity, downstream loss, examples.
 
-Letters: N tokens, d width of the activation, F latents.
+Letters: B contexts, S tokens of a context, G hook points that are reconstructed, N tokens, D width.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.errors import DataError
 from lm_saes.evaluation.downstream import DownstreamLoss
 from lm_saes.evaluation.examples import LatentExample, SnippetCollector
+from lm_saes.evaluation.reconstruction import ReconstructionSums
 from lm_saes.models.base import LanguageModel
 from lm_saes.parallel.sharding import latent_numbers
 from lm_saes.storage.files import write_text
@@ -77,104 +78,72 @@ class Evaluator:
     def _evaluate(
         self, sae: AbstractSparseAutoEncoder, stream: Iterable[Batch], model: LanguageModel | None
     ) -> Evaluation:
-        cfg, here = self.cfg, sae.axes.latents
-        parameter = next(sae.parameters())
-        own = latent_numbers(sae)
-        d_sae = len(own) * here.size
-        sites = [_Reconstruction() for _ in sae.cfg.hook_points_written]
-        reconstruction = sites[0]
-        snippets = SnippetCollector(own, d_sae, cfg.n_snippets, cfg.snippet_context)
-        fired = torch.zeros_like(own, dtype=torch.float64)
-        active = torch.zeros((), dtype=torch.float64)
-        downstream = DownstreamLoss(sae, model) if model is not None and cfg.downstream_tokens else None
-
-        for raw in stream:
-            seen = reconstruction.n_tokens
-            check_batch(raw, sae.cfg.widths)
-            batch, tokens, valid = _prepared(raw, sae.cfg.associated_hook_points, parameter)
-            if downstream is not None and seen < cfg.downstream_tokens:
-                downstream.add(tokens, _first(cfg.downstream_tokens - seen, valid))
-            mask = batch["mask"] = _first(cfg.max_tokens - seen, valid)
-            record = sae.record(batch)
-            fired += sae.latent_counts(record).flatten()
-            active += record.counts.sum().item() / (record.code_sites if sae.averages_sites else 1)
-            snippets.add(sae.latent_entries(record), tokens, mask)
-            y = sae.prepare_label(batch)
-            y_hat = sae.denormalize_activations(batch, record.reconstruction.view_as(y))
-            flat_mask = mask.flatten()
-            for site, y_site, y_hat_site in zip(sites, *(t.view(record.label.shape) for t in (y, y_hat)), strict=True):
-                site.add(y_hat_site[flat_mask], y_site[flat_mask])
-            if reconstruction.n_tokens >= cfg.max_tokens:
+        measurement = _Measurement(self.cfg, sae, model)
+        for batch in stream:
+            check_batch(batch, sae.cfg.widths)
+            measurement.add(batch)
+            if measurement.n_tokens >= self.cfg.max_tokens:
                 break
-
-        n_tokens = reconstruction.n_tokens
-        if n_tokens == 0:
+        if measurement.n_tokens == 0:
             raise DataError(
                 "evaluation: the stream holds no valid token; give it held-out text (held_out_fraction > 0)"
             )
-        fired = here.join(fired)[here.join(own).argsort()]
-        snippets.join(here)
-        frequency = fired / n_tokens
+        return measurement.result()
+
+
+class _Measurement:
+    """What is known of a dictionary after some batches."""
+
+    def __init__(self, cfg: EvalConfig, sae: AbstractSparseAutoEncoder, model: LanguageModel | None) -> None:
+        self._cfg, self._sae, self._model = cfg, sae, model
+        self._parameter = next(sae.parameters())
+        self._own = latent_numbers(sae)
+        d_sae = len(self._own) * sae.axes.latents.size
+        self.n_tokens = 0
+        """Valid tokens that were taken in."""
+        self._reconstruction = ReconstructionSums()
+        self._snippets = SnippetCollector(self._own, d_sae, cfg.n_snippets, cfg.snippet_context)
+        self._fired = torch.zeros_like(self._own, dtype=torch.float64)
+        self._active = torch.zeros((), dtype=torch.float64)
+        self._downstream = DownstreamLoss(sae, model) if model is not None and cfg.downstream_tokens else None
+
+    def add(self, raw: Batch) -> None:
+        """Take in the valid tokens of a batch, up to `max_tokens` in all."""
+        cfg, sae, seen = self._cfg, self._sae, self.n_tokens
+        batch, tokens, valid = _prepared(raw, sae.cfg.associated_hook_points, self._parameter)
+        if self._downstream is not None and seen < cfg.downstream_tokens:
+            self._downstream.add(tokens, _first(cfg.downstream_tokens - seen, valid))
+        mask = batch["mask"] = _first(cfg.max_tokens - seen, valid)
+        record = sae.record(batch)
+        self._fired += sae.latent_counts(record).flatten()
+        self._active += record.counts.sum().item() / (record.code_sites if sae.averages_sites else 1)
+        self._snippets.add(sae.latent_entries(record), tokens, mask)
+        y = sae.prepare_label(batch)
+        y_hat = sae.denormalize_activations(batch, record.reconstruction.view_as(y))
+        chosen = mask.flatten().nonzero().squeeze(1)
+        y_hat_GND, y_GND = (t.view(record.label.shape).index_select(1, chosen) for t in (y_hat, y))
+        self._reconstruction.add(y_hat_GND, y_GND)
+        self.n_tokens += len(chosen)
+
+    def result(self) -> Evaluation:
+        """What there is to tell; every process has to ask, after at least one token."""
+        here = self._sae.axes.latents
+        fired = here.join(self._fired)[here.join(self._own).argsort()]
+        self._snippets.join(here)
+        frequency = fired / self.n_tokens
         result: Evaluation = {
-            "metrics/l0": float(here.total(active)) / n_tokens,
+            "metrics/l0": float(here.total(self._active)) / self.n_tokens,
             "sparsity/silent": (fired == 0).double().mean().item(),
-            "details/n_evaluated_tokens": float(n_tokens),
-            **_averaged([site.metrics() for site in sites]),
+            "details/n_evaluated_tokens": float(self.n_tokens),
+            **self._reconstruction.metrics(),
         }
-        if downstream is not None:
-            result |= downstream.metrics()
-            result["details/n_downstream_positions"] = float(downstream.n_positions)
+        if self._downstream is not None:
+            result |= self._downstream.metrics()
+            result["details/n_downstream_positions"] = float(self._downstream.n_positions)
         result["sparsity/frequency"] = frequency.tolist()
-        decode = model.decode_tokens if model is not None else _ids_as_text
-        result["latents"] = snippets.examples(frequency, cfg.n_latents, decode)
+        decode = self._model.decode_tokens if self._model is not None else _ids_as_text
+        result["latents"] = self._snippets.examples(frequency, self._cfg.n_latents, decode)
         return result
-
-
-class _Reconstruction:
-    """Float64 sums that the reconstruction metrics are made from: batches combine by addition.
-
-    The variance is summed about the first token, which loses no digits where the mean is large against the spread.
-    """
-
-    def __init__(self) -> None:
-        self.n_tokens = self.n_legacy = 0
-        self.pivot: Tensor | None = None
-        self.shifted: Tensor | float = 0.0
-        self.squared_shifted = self.squared_error = self.label_norm = self.error_norm = self.legacy = 0.0
-
-    def add(self, y_hat_Nd: Tensor, y_Nd: Tensor) -> None:
-        """Take in the valid tokens of a batch."""
-        if len(y_Nd) == 0:
-            return
-        y = y_Nd.double()
-        self.pivot = y[0] if self.pivot is None else self.pivot
-        shifted = y - self.pivot
-        squared_error = (y_hat_Nd.double() - y).square().sum(-1)
-        squared_distance = (y - y.mean(0)).square().sum(-1)
-        apart = squared_distance > 0
-        self.n_tokens += len(y)
-        self.n_legacy += int(apart.sum())
-        self.shifted = self.shifted + shifted.sum(0)
-        self.squared_shifted += shifted.square().sum().item()
-        self.squared_error += squared_error.sum().item()
-        self.label_norm += y.norm(dim=-1).sum().item()
-        self.error_norm += squared_error.sqrt().sum().item()
-        self.legacy += (1 - squared_error[apart] / squared_distance[apart]).sum().item()
-
-    def metrics(self) -> dict[str, float]:
-        """The metrics so far; NaN where a denominator is zero."""
-        variation = self.squared_shifted - torch.as_tensor(self.shifted).square().sum().item() / self.n_tokens
-        return {
-            "metrics/explained_variance": 1 - self.squared_error / (variation or math.nan),
-            "metrics/explained_variance_legacy": self.legacy / (self.n_legacy or math.nan),
-            "metrics/l2_norm_error": self.error_norm / self.n_tokens,
-            "metrics/l2_norm_error_ratio": self.error_norm / (self.label_norm or math.nan),
-        }
-
-
-def _averaged(sites: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each metric over the hook points that are reconstructed."""
-    return {name: sum(site[name] for site in sites) / len(sites) for name in sites[0]}
 
 
 def _prepared(batch: Batch, hook_points: Iterable[str], parameter: Tensor) -> tuple[Batch, Tensor, Tensor]:

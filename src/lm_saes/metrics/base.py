@@ -5,18 +5,76 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from lm_saes.axes.axis import ALONE, Axis
+from lm_saes.axes.axis import ALONE, Axes, Axis
 from lm_saes.latents.record import Record
 
-if TYPE_CHECKING:
-    from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
+
+class HookPoints(Protocol):
+    """Of a dictionary's settings, what metrics ask for."""
+
+    @property
+    def hook_points_written(self) -> Sequence[str]:
+        """The hook points that are reconstructed, one a site."""
+        ...
+
+
+class Thresholds(Protocol):
+    """Of an activation function, what metrics ask for."""
+
+    @property
+    def log_threshold(self) -> Tensor | None:
+        """Logarithms of learnt thresholds, if there are any."""
+        ...
+
+
+class Measured(Protocol):
+    """What metrics ask of a dictionary."""
+
+    latent_dimensions: ClassVar[tuple[str, ...]]
+    """Names of the dimensions of dense latents after those of tokens."""
+    averages_sites: ClassVar[bool]
+    """Whether several sites of one latent are averaged over, not added up, in L0."""
+    has_encoder_norm: ClassVar[bool]
+    """Whether each latent has an encoder direction."""
+
+    @property
+    def cfg(self) -> HookPoints:
+        """Its settings."""
+        ...
+
+    @property
+    def axes(self) -> Axes:
+        """What its latents and batches are parts of."""
+        ...
+
+    @property
+    def activation_function(self) -> Thresholds:
+        """What makes latents of pre-activations."""
+        ...
+
+    @property
+    def current_k(self) -> int | None:
+        """The k in force, where there is one."""
+        ...
+
+    def encoder_norm(self) -> Tensor:
+        """Norm of each latent's encoder direction."""
+        ...
+
+    def decoder_norm(self) -> Tensor:
+        """Norm of each latent's decoder direction."""
+        ...
+
+    def decoder_bias_norm(self) -> Tensor:
+        """Norm of the decoder bias."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -55,14 +113,14 @@ class Metric(ABC):
         if not inspect.isabstract(cls):
             Metric.registry.append(cls)
 
-    def __init__(self, dictionary: AbstractSparseAutoEncoder, window: int) -> None:
+    def __init__(self, dictionary: Measured, window: int) -> None:
         self.dictionary, self.window = dictionary, window
         self.totals: dict[str, Tensor] = {}
         self.taken: Tensor | None = None
         """Whether the step that is being taken in counts (0-d bool), where only the device knows; None: it does."""
 
     @classmethod
-    def applies(cls, dictionary: AbstractSparseAutoEncoder) -> bool:
+    def applies(cls, dictionary: Measured) -> bool:
         """Whether the metric makes sense for this dictionary."""
         return True
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lm_saes.latents.record import Record
 from lm_saes.metrics.base import Metric
+from lm_saes.metrics.explained_variance import ExplainedVariance
 
 
 class Reconstruction(Metric):
@@ -26,14 +27,12 @@ class Reconstruction(Metric):
         error_GN = record.squared_error.detach()
         error_GN = error_GN if record.mask is None else error_GN * record.mask
         square_GN = torch.linalg.vecdot(y_GND, y_GND)
-        sum_GD = y_GND.sum(1)
-        self.add("tokens", record.n_tokens_here)
-        self.add("error", error_GN.double().sum(1))
-        self.add("label", sum_GD)
-        self.add("label_square", square_GN.double().sum(1))
+        explained = ExplainedVariance.of(record.n_tokens_here, y_GND, square_GN, error_GN)
+        for name, value in explained.sums():
+            self.add(name, value)
         self.add("error_norm", error_GN.sqrt().sum())
         self.add("label_norm", square_GN.sqrt().sum())
-        mean_GD = record.axes.tokens.total(sum_GD) / record.n_tokens
+        mean_GD = record.axes.tokens.total(explained.label) / record.n_tokens
         about_mean_GN = (
             square_GN - 2 * torch.einsum("gnd,gd->gn", y_GND, mean_GD) + mean_GD.square().sum(1, keepdim=True)
         )
@@ -42,7 +41,7 @@ class Reconstruction(Metric):
 
     def report(self) -> dict[str, float]:
         t = self.collected()
-        explained_G = explained_variance(t)
+        explained_G = ExplainedVariance.from_sums(t).by_site()
         sites = len(explained_G)
         return {
             "metrics/explained_variance": float(explained_G.mean()),
@@ -50,9 +49,3 @@ class Reconstruction(Metric):
             "metrics/l2_norm_error": float(t["error_norm"] / (t["tokens"] * sites)),
             "metrics/l2_norm_error_ratio": float(t["error_norm"] / t["label_norm"]),
         }
-
-
-def explained_variance(totals: Mapping[str, Tensor]) -> Tensor:
-    """`1 - sum ||y_hat - y||^2 / sum ||y - mean y||^2` of each site, `[G]`, from sums over valid tokens."""
-    variance_G = totals["label_square"] - totals["label"].square().sum(1) / totals["tokens"]
-    return 1 - totals["error"] / variance_G.clamp(min=torch.finfo(torch.float64).tiny)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lm_saes.latents.record import Record
-from lm_saes.metrics.base import Metric
-from lm_saes.metrics.reconstruction import explained_variance
-
-if TYPE_CHECKING:
-    from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
+from lm_saes.metrics.base import Measured, Metric
+from lm_saes.metrics.explained_variance import ExplainedVariance
 
 
 class SiteMetric(Metric):
@@ -25,7 +22,7 @@ class SiteMetric(Metric):
     """What the dictionary calls its sites."""
 
     @classmethod
-    def applies(cls, dictionary: AbstractSparseAutoEncoder) -> bool:
+    def applies(cls, dictionary: Measured) -> bool:
         return cls.dimension in dictionary.latent_dimensions
 
     @torch.no_grad()
@@ -33,15 +30,18 @@ class SiteMetric(Metric):
         error_SN, label_SND = record.squared_error, record.label
         if record.mask is not None:
             error_SN, label_SND = error_SN * record.mask, label_SND * record.mask[:, None]
-        self.add("tokens", record.n_tokens_here)
-        self.add("error", error_SN.double().sum(1))
-        self.add("label", label_SND.sum(1))
-        self.add("label_square", torch.linalg.vecdot(label_SND, label_SND).double().sum(1))
+        square_SN = torch.linalg.vecdot(label_SND, label_SND)
+        for name, value in ExplainedVariance.of(record.n_tokens_here, label_SND, square_SN, error_SN).sums():
+            self.add(name, value)
         self.add("active", record.counts.view(record.code_sites, -1).sum(1, dtype=torch.float64))
 
     def report(self) -> dict[str, float]:
         t = self.collected()
-        explained_S, l0_S, l_rec_S = explained_variance(t), t["active"] / t["tokens"], t["error"] / t["tokens"]
+        explained_S, l0_S, l_rec_S = (
+            ExplainedVariance.from_sums(t).by_site(),
+            t["active"] / t["tokens"],
+            t["error"] / t["tokens"],
+        )
         values: dict[str, float] = {}
         for site, numbers in enumerate(torch.stack([explained_S, l0_S, l_rec_S], 1).tolist()):
             values |= self.named(site, *numbers)

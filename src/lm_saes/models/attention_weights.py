@@ -6,10 +6,9 @@ Letters: H heads, K key-value heads (H, or fewer that groups of heads share), E 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,6 @@ from lm_saes.errors import ConfigError
 from lm_saes.models.base import LanguageModel
 from lm_saes.models.hook_points import LAYOUTS
 from lm_saes.models.pretrained import PretrainedLanguageModel
-
-if TYPE_CHECKING:
-    from lm_saes.dictionaries.lorsa_config import LorsaConfig
 
 log = logging.getLogger(__name__)
 
@@ -100,21 +96,6 @@ class AttentionWeights:
                 "the activations are the same", hook_point, self.reads[0], self.reads_normalized,
             )  # fmt: skip
         return self
-
-    def check_like(self, cfg: LorsaConfig) -> None:
-        """Raise `ConfigError` unless a Lorsa of this config makes patterns from queries and keys as this layer does."""
-        for name, theirs in self.settings.items():
-            own = cfg.score_scale if name == "attn_scale" else getattr(cfg, name)
-            close = (
-                isinstance(theirs, float) and isinstance(own, int | float) and math.isclose(own, theirs, rel_tol=1e-6)
-            )
-            if own != theirs and not close:
-                raise ConfigError(f"{name}={own!r}: the model's attention has {theirs!r}; set that to start from it")
-        if self.window is not None and self.window < cfg.n_ctx:
-            raise ConfigError(
-                f"n_ctx={cfg.n_ctx}: the model's attention goes back {self.window} tokens only; use that, and contexts "
-                "as short"
-            )
 
     def _before_norm_weight(self) -> AttentionWeights:
         w_D = torch.ones(self.W_Q.shape[1]) if self.input_w is None else self.input_w

@@ -133,18 +133,3 @@ class LanguageModel(ABC):
     @abstractmethod
     def provenance(self) -> dict[str, str]:
         """What identifies the model: its name, commit or sha256 of its weights, dtype and the library's version."""
-
-
-def load_language_model(cfg: LanguageModelConfig) -> LanguageModel:
-    """Load the model that `cfg` names, with the backend that it names.
-
-    Raises:
-        ConfigError: the model, its tokenizer, the device or the backend cannot be had.
-    """
-    if cfg.backend == "transformer_lens":
-        from lm_saes.models.transformer_lens import TransformerLensLanguageModel
-
-        return TransformerLensLanguageModel(cfg)
-    from lm_saes.models.huggingface import HuggingFaceLanguageModel
-
-    return HuggingFaceLanguageModel(cfg)

@@ -8,34 +8,15 @@ from typing import Any
 
 import torch
 
-from lm_saes.errors import ConfigError
+from lm_saes import machine
+from lm_saes.errors import ConfigError, one_line
 from lm_saes.models.base import LanguageModelConfig
 from lm_saes.storage.files import sha256
 
 
-def automatic_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where `device` has instructions for it, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type == "cpu":
-        can = torch.cpu.get_capabilities()
-        return torch.bfloat16 if can.get("amx_bf16") or can.get("avx512_bf16") else torch.float32
-    return torch.float32
-
-
-def check_device(name: str, setting: str) -> torch.device:
-    """The device of that name, or a `ConfigError` if this machine lacks it; `setting` is the one that names it."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"{setting}={name!r} is not available here ({one_line(error)}); use 'cpu'") from error
-    return device
-
-
 def available_device(cfg: LanguageModelConfig) -> torch.device:
     """The device that `cfg` names, or a `ConfigError` if this machine lacks it."""
-    device = check_device(cfg.device, "device")
+    device = machine.check_device(cfg.device, "device")
     if cfg.use_flash_attn and device.type != "cuda":
         raise ConfigError(f"use_flash_attn=True needs a CUDA device, not device={cfg.device!r}; set it to False")
     return device
@@ -144,12 +125,6 @@ def weights_identity(cfg: LanguageModelConfig, model: Any) -> dict[str, str]:
         weights = sorted(file for ending in ("*.safetensors", "*.bin") for file in Path(source).glob(ending))
         return {"path": source, "sha256": sha256(*weights)}
     return {"path": source, "revision": str(model.config._commit_hash)}
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip().rstrip(".") if lines else type(error).__name__
 
 
 def _source(cfg: LanguageModelConfig) -> str:

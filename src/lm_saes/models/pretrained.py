@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lm_saes import machine
 from lm_saes.errors import ConfigError, DataError
 from lm_saes.models.base import LanguageModel, LanguageModelConfig
 from lm_saes.models.hook_points import Edit, MLPParts
-from lm_saes.models.loading import automatic_dtype, available_device, load_model, load_tokenizer, weights_identity
+from lm_saes.models.loading import available_device, load_model, load_tokenizer, weights_identity
 
 _UTF8_LONGEST = 4
 """Bytes of the longest character, so the most tokens that one character can take."""
@@ -34,7 +35,7 @@ class PretrainedLanguageModel(LanguageModel):
     def __init__(self, cfg: LanguageModelConfig) -> None:
         self.cfg = cfg
         self.device = available_device(cfg)
-        self.dtype = cfg.dtype if cfg.dtype is not None else automatic_dtype(self.device)
+        self.dtype = cfg.dtype if cfg.dtype is not None else machine.automatic_dtype(self.device)
         self._tokenizer = load_tokenizer(cfg)
         self._model = load_model(cfg, self.dtype).to(self.device)
         config = self._model.config.get_text_config()

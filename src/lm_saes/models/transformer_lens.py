@@ -17,10 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lm_saes.errors import ConfigError
+from lm_saes.errors import ConfigError, one_line
 from lm_saes.models.base import LanguageModelConfig
 from lm_saes.models.hook_points import Edit, MLPParts, edited
-from lm_saes.models.loading import one_line
 from lm_saes.models.pretrained import PretrainedLanguageModel
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from lm_saes import machine
 from lm_saes.axes.axis import Axes
 from lm_saes.axes.together import by_first, each
 from lm_saes.data.batch import check_batch
@@ -13,7 +12,6 @@ from lm_saes.data.peek import Peekable
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.errors import ConfigError, DataError
-from lm_saes.models.loading import check_device
 from lm_saes.parallel.launch import n_on_this_node
 from lm_saes.parallel.mesh import DeviceMesh
 from lm_saes.runs.settings import TrainSettings
@@ -29,7 +27,7 @@ def check_run(settings: TrainSettings, mesh: DeviceMesh | None, axes: Axes) -> N
     """Raise `ConfigError` for a directory, a device, a size or a combination of settings that cannot work."""
     directory = settings.trainer.exp_result_path
     by_first(axes.everywhere, lambda: check_writable(directory, "trainer.exp_result_path"))
-    check_device(settings.device_type, "device_type")
+    machine.check_device(settings.device_type, "device_type")
     with torch.device("meta"):  # shapes without memory
         shape = AbstractSparseAutoEncoder.from_config(settings.sae.model_copy(update={"device": "meta"}), mesh)
     _check_size(shape, settings.device_type)
@@ -56,7 +54,7 @@ def _check_size(dictionary: AbstractSparseAutoEncoder, device: str) -> None:
     needed = _COPIES * sum(p.numel() * p.element_size() for p in dictionary.parameters())
     if device == "cpu":
         needed *= n_on_this_node()
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        there = machine.memory_bytes()
     else:
         there = torch.cuda.mem_get_info()[1]
     if needed > there:

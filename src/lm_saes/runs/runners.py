@@ -29,7 +29,8 @@ from lm_saes.errors import CheckpointError
 from lm_saes.evaluation.evaluator import EvalConfig, Evaluation, Evaluator, numbers, write_evaluation
 from lm_saes.initializer import Initializer
 from lm_saes.machine import keep_freed_memory
-from lm_saes.models.base import LanguageModel, LanguageModelConfig, load_language_model
+from lm_saes.models.base import LanguageModel, LanguageModelConfig
+from lm_saes.models.load import load_language_model
 from lm_saes.parallel.launch import alone, joined, n_started, note_begun, was_begun
 from lm_saes.parallel.mesh import DeviceMesh, axes_of
 from lm_saes.parallel.mesh import start as start_mesh

@@ -7,9 +7,6 @@ from torch import Tensor
 
 from lm_saes import machine
 
-SPARE = 64
-"""So many latents at least may die before the next report and be revived at once."""
-
 
 class DeadLatents:
     """Counts, per latent, valid tokens since its last activation; a latent is dead from `threshold` of them on.
@@ -37,7 +34,7 @@ class DeadLatents:
         """Let AuxK's list have places for all that are dead now, and some more; may wait."""
         if machine.waits_cost(self.is_dead.device):
             rows = self.is_dead.view(-1, self.is_dead.shape[-1])
-            self.room = [min(rows.shape[1], n + max(SPARE, n // 4)) for n in rows.sum(1).tolist()]
+            self.room = [min(rows.shape[1], n + max(machine.SPARE_DEAD_LATENTS, n // 4)) for n in rows.sum(1).tolist()]
 
     def refresh(self) -> Tensor:
         """Recompute which latents are dead from the counts."""

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from lm_saes.latents.products import cpu_computes_in
+from lm_saes import machine
 
 
 def mixed_precision(amp_dtype: torch.dtype | None, device: str) -> AbstractContextManager[object]:
@@ -15,7 +15,7 @@ def mixed_precision(amp_dtype: torch.dtype | None, device: str) -> AbstractConte
     kind = torch.device(device).type
     if amp_dtype is None or amp_dtype == torch.float32:
         return nullcontext()
-    if kind == "cpu" and not cpu_computes_in(amp_dtype):
+    if kind == "cpu" and not machine.cpu_computes_in(amp_dtype):
         warnings.warn(
             f"amp_dtype={amp_dtype}: this processor has no instructions for it; computing in float32", stacklevel=2
         )

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lm_saes.data.activity import Activity
 from lm_saes.data.batch import Batch
 from lm_saes.data.cache import ActivationCache, CachedSource
 from lm_saes.data.factory import ActivationFactory
@@ -39,7 +40,7 @@ def write(path: Path, stream: list[Batch], **settings: Any) -> Path:
 
 
 def source(path: Path, **settings: Any) -> CachedSource:
-    defaults: dict[str, Any] = {"contexts": False, "piece": 4, "epochs": 1, "place": 0}
+    defaults: dict[str, Any] = {"contexts": False, "piece": 4, "epochs": 1, "place": 0, "activity": Activity()}
     return CachedSource(ActivationCache(path), ["a"], **{**defaults, **settings})
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from lm_saes.data.activity import Activity
 from lm_saes.data.contexts import ContextSource, check_context_size
 from lm_saes.data.text import TextDataset
 from lm_saes.errors import ConfigError, DataError
@@ -23,6 +24,7 @@ def source(model: LanguageModel, dataset: TextDataset, **settings: Any) -> Conte
         "is_tokenized": False,
         "epochs": 1,
         "ignore_token_ids": frozenset({0, 1, 2}),
+        "activity": Activity(),
     }
     return ContextSource(dataset, model, **{**defaults, **settings})
 

@@ -20,7 +20,8 @@ from lm_saes.data.stream import ActivationStream
 from lm_saes.data.text import TextDataset
 from lm_saes.data.writer import ActivationWriter, ActivationWriterConfig
 from lm_saes.errors import ConfigError
-from lm_saes.models.base import LanguageModel, LanguageModelConfig, load_language_model
+from lm_saes.models.base import LanguageModel, LanguageModelConfig
+from lm_saes.models.load import load_language_model
 
 Counting = Callable[..., TextDataset]
 DATASET = {"type": "dataset", "name": "n"}

@@ -9,10 +9,11 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from lm_saes import machine
 from lm_saes.errors import ConfigError, DataError
-from lm_saes.models.base import LanguageModelConfig, load_language_model
+from lm_saes.models.base import LanguageModelConfig
 from lm_saes.models.huggingface import HuggingFaceLanguageModel
-from lm_saes.models.loading import automatic_dtype
+from lm_saes.models.load import load_language_model
 
 TEXTS = ["the cat sat on the mat", "a dog: naïve, 日本 and 🙂", "the dog saw\nthe cat"]
 TOKENS = torch.randint(3, 100, (3, 8), generator=torch.Generator().manual_seed(0))
@@ -299,7 +300,7 @@ def test_dtype(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     for capability, dtype in (({"amx_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capability=capability: capability)
-        assert automatic_dtype(cpu) == dtype
+        assert machine.automatic_dtype(cpu) == dtype
         model = HuggingFaceLanguageModel(config_for(directory, dtype=None))
         assert model.dtype == dtype
         assert (

@@ -2,13 +2,14 @@
 
 import gc
 import json
+import pkgutil
 import re
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lm_saes.config import build
+from lm_saes.data.activity import Activity
 from lm_saes.data.batch import Batch
 from lm_saes.data.factory import ActivationFactory
 from lm_saes.data.factory_config import ActivationFactoryConfig
@@ -264,7 +266,7 @@ def test_a_stream_that_stalls_is_reported_with_its_stage(
             answers.wait(30)
             return super().activations(*arguments, **options)
 
-    monkeypatch.setattr("lm_saes.data.stream._PATIENCE_S", 0.05)
+    monkeypatch.setattr("lm_saes.machine.STREAM_PATIENCE_S", 0.05)
     with make("rows", workers=workers, model=SlowModel()) as stream:
         warned = lambda: len(caplog.records) >= 3  # noqa: E731
         warner = threading.Thread(target=lambda: (_wait_for(warned), answers.set()))
@@ -275,9 +277,75 @@ def test_a_stream_that_stalls_is_reported_with_its_stage(
     assert waits[1] >= 2 * waits[0] * 0.99 and waits[2] >= 2 * waits[1] * 0.99
     for record in caplog.records:
         assert record.levelname == "WARNING"
-        assert re.search(
-            r"the stream is running the language model \(producers\.py:\d+, _forward\)", record.getMessage()
-        )
+        assert record.getMessage().endswith("the stream is running the language model")
+
+
+@pytest.mark.parametrize(
+    ("case", "blocked", "stage"),
+    [
+        ("shuffled rows", "lm_saes.data.text.TextDataset._values", "reading text"),
+        ("shuffled rows", "lm_saes.data.contexts.ContextSource._context", "making contexts"),
+        ("shuffled rows", "lm_saes.data.sources.Mixer._choose", "mixing sources"),
+        ("shuffled rows", "lm_saes.data.shuffle.ShuffleBuffer.take", "shuffling"),
+        ("mixed rows", "lm_saes.data.producers._flatten", "making a batch"),
+        ("cached rows", "lm_saes.data.cache.ActivationCache.read", "reading cached activations"),
+    ],
+)
+def test_every_stage_is_told(
+    make: Make, case: str, blocked: str, stage: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever does not return until there is a warning, the warning names it."""
+    owner, _, name = blocked.rpartition(".")
+    original = getattr(pkgutil.resolve_name(owner), name)
+
+    def waits(*arguments: Any) -> Any:
+        _wait_for(lambda: bool(caplog.records))
+        return original(*arguments)
+
+    monkeypatch.setattr(blocked, waits)
+    monkeypatch.setattr("lm_saes.machine.STREAM_PATIENCE_S", 0.05)
+    with make(case) as stream:
+        next(stream)
+    assert caplog.records[0].getMessage().endswith(f"the stream is {stage}")
+
+
+def test_an_activity_tells_the_inner_stages_of_all_threads() -> None:
+    activity, told = Activity(), threading.Event()
+    assert str(activity) == "between batches"
+
+    def other() -> None:
+        with activity.doing("shuffling"):
+            told.wait(30)
+
+    with activity.doing("making a batch"), activity.doing("reading text"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        _wait_for(lambda: "shuffling" in str(activity))
+        assert str(activity) == "reading text and shuffling"
+        told.set()
+        thread.join()
+        assert str(activity) == "reading text"
+    with pytest.raises(ZeroDivisionError), activity.doing("making a batch"):
+        with activity.doing("shuffling"):
+            assert str(activity) == "shuffling"
+        assert str(activity) == "making a batch"
+        raise ZeroDivisionError
+    assert str(activity) == "between batches"
+
+
+def test_an_activity_draws_items_as_a_stage_and_leaves_it_between_them() -> None:
+    activity = Activity()
+    seen: list[str] = []
+
+    def items() -> Iterator[int]:
+        for i in range(2):
+            seen.append(str(activity))
+            yield i
+
+    for _ in activity.drawing("reading text", items()):
+        seen.append(str(activity))
+    assert seen == ["reading text", "between batches"] * 2
+    assert str(activity) == "between batches"
 
 
 def test_a_thread_that_never_ends_does_not_keep_the_stream_from_closing(
@@ -292,14 +360,14 @@ def test_a_thread_that_never_ends_does_not_keep_the_stream_from_closing(
                 answers.wait(30)
             return super().activations(*arguments, **options)
 
-    monkeypatch.setattr("lm_saes.data.stream._LONGEST_END_S", 0.1)
+    monkeypatch.setattr("lm_saes.machine.STREAM_END_S", 0.1)
     stream = make("rows", workers=9, model=StuckModel())
     next(stream)
     assert stuck.wait(30)
     began = time.monotonic()
     stream.close()
     assert time.monotonic() - began < 10
-    assert "the stream does not end; it is running the language model (producers.py:" in caplog.text
+    assert "the stream does not end; it is running the language model, and is left behind" in caplog.text
     answers.set()
 
 

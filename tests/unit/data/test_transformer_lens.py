@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lm_saes.errors import ConfigError, DataError
 from lm_saes.models.attention_weights import attention_weights
-from lm_saes.models.base import LanguageModelConfig, load_language_model
+from lm_saes.models.base import LanguageModelConfig
 from lm_saes.models.huggingface import HuggingFaceLanguageModel
+from lm_saes.models.load import load_language_model
 from lm_saes.models.transformer_lens import TransformerLensLanguageModel
 
 from ..random_model import CONFIGS, PARALLEL, TOKENS, save

@@ -11,7 +11,8 @@ from lm_saes.data.batch import Batch
 from lm_saes.evaluation.downstream import DownstreamLoss
 from lm_saes.evaluation.evaluator import EvalConfig, Evaluator, numbers
 from lm_saes.evaluation.examples import LatentExample
-from lm_saes.models.base import LanguageModel, LanguageModelConfig, load_language_model
+from lm_saes.models.base import LanguageModel, LanguageModelConfig
+from lm_saes.models.load import load_language_model
 
 from ...tiny_run import make_place
 from .by_hand import HOOK, dictionary, identity
@@ -67,7 +68,7 @@ def test_zeros_recover_nothing(model: LanguageModel, contexts: Batch):
 def test_downstream_losses_equal_a_plain_loop(
     model: LanguageModel, contexts: Batch, tokens_per_forward: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("lm_saes.evaluation.downstream.TOKENS_PER_FORWARD", tokens_per_forward)
+    monkeypatch.setattr("lm_saes.machine.TOKENS_PER_FORWARD", tokens_per_forward)
     g = torch.Generator().manual_seed(2)
     sae = dictionary(torch.randn(16, 32, generator=g), 0.1 * torch.randn(32, 16, generator=g))
     downstream = measure(sae, model, contexts)

@@ -34,7 +34,6 @@ from lm_saes.errors import TrainingError
 from lm_saes.latents import products
 from lm_saes.latents.codes import DenseCode, SparseCode
 from lm_saes.losses.dead_latents import list_dead, strongest
-from lm_saes.training import dead_latents
 from lm_saes.training.checkpoint import saved_steps
 from lm_saes.training.dead_latents import DeadLatents
 
@@ -290,7 +289,7 @@ def test_numbers_are_those_of_a_run_that_waits(
     run: New, batches: New, costly: Callable[..., None], way: str, several: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind, act_fn, masked, settings = (WAYS | WAITING_STILL)[way]
-    monkeypatch.setattr(dead_latents, "SPARE", LATENTS)  # most latents die at once here
+    monkeypatch.setattr(machine, "SPARE_DEAD_LATENTS", LATENTS)  # most latents die at once here
     if several:
         small_blocks(monkeypatch)
     one, two = both(run, batches, costly, lambda: new(kind, act_fn), kind, masked, **settings_of(settings))
@@ -336,7 +335,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Windows without a single step (6 to 10) are left out of reports."""
-    monkeypatch.setattr(dead_latents, "SPARE", LATENTS)
+    monkeypatch.setattr(machine, "SPARE_DEAD_LATENTS", LATENTS)
     settings = settings_of({**AUXK, "on_non_finite": "skip"})
     one, two = both(run, batches, costly, lambda: new("sae", act_fn), "sae", True, poison(*steps), **settings)
     assert two.trainer.skipped_steps == len(steps)

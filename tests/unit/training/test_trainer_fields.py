@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_saes import TrainerConfig
+from lm_saes import TrainerConfig, machine
 from lm_saes.errors import TrainingError
 from lm_saes.training import precision
 
@@ -156,7 +156,7 @@ def test_k_schedule(run: New, new_sae: New, batches: New, settings: dict[str, An
 def test_amp_dtype(
     run: New, new_sae: New, batches: New, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None
 ) -> None:
-    monkeypatch.setattr(precision, "cpu_computes_in", lambda dtype: True)
+    monkeypatch.setattr(machine, "cpu_computes_in", lambda dtype: True)
     sae, seen = new_sae("relu"), []
     record = sae.record
 
@@ -171,7 +171,7 @@ def test_amp_dtype(
 
 
 def test_mixed_precision_is_left_out_where_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "cpu_computes_in", lambda dtype: False)
+    monkeypatch.setattr(machine, "cpu_computes_in", lambda dtype: False)
     with pytest.warns(UserWarning, match="amp_dtype"), precision.mixed_precision(torch.bfloat16, "cpu"):
         assert not torch.is_autocast_enabled("cpu")
 
