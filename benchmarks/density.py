@@ -3,7 +3,7 @@
     python benchmarks/density.py
     python benchmarks/density.py --quick     a smoke test at small size
 
-`lm_saes.latents.selection.density.SPARSE_BELOW` is set by what this prints.
+`lm_saes.latents.selection.selector.SPARSE_BELOW` is set by what this prints.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import torch
 from lm_saes import SAEConfig
 from lm_saes.config import build
 from lm_saes.latents.activations.relu import ReLU
-from lm_saes.latents.encode.encoders import LinearEncoder
-from lm_saes.latents.encode.linear import encode
+from lm_saes.latents.encode.linear import LinearEncoder, encode
 from lm_saes.latents.selection.selector import Selector
 from lm_saes.machine import keep_freed_memory
 

@@ -21,8 +21,7 @@ from lm_saes.latents.activations.base import SelectionSettings
 from lm_saes.latents.activations.batchtopk import BatchTopK
 from lm_saes.latents.activations.relu import ReLU
 from lm_saes.latents.activations.topk import TopK
-from lm_saes.latents.encode.encoders import LinearEncoder
-from lm_saes.latents.encode.linear import encode
+from lm_saes.latents.encode.linear import LinearEncoder, encode
 from lm_saes.latents.record import Record
 from lm_saes.latents.selection import strategies
 from lm_saes.latents.selection.selector import Selector
@@ -115,8 +114,7 @@ def test_fast_ways_are_taken_by_declaration(monkeypatch: pytest.MonkeyPatch, nam
     for way in ways:
         take = getattr(strategies, way)
         monkeypatch.setattr(strategies, way, lambda *given, way=way, take=take: taken.append(way) or take(*given))
-    monkeypatch.setattr(strategies, "screening_pays", lambda *_: precision == "screened")
-    monkeypatch.setattr(strategies, "half_pays", lambda *_: precision == "half")
+    monkeypatch.setattr(strategies, "precision", lambda *_: precision)
     draw = torch.Generator().manual_seed(0)
     x_ND, W_FD = torch.randn(300, 24, generator=draw), torch.randn(640, 24, generator=draw) / 5
     encoder, settings = LinearEncoder(W_FD.T, torch.zeros(640)), SelectionSettings(2, 2.0, (640,), 1)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from lm_saes.dictionaries.rows import scale_to
 from lm_saes.dictionaries.single import LinearlyEncoded, SingleConfig
 from lm_saes.latents.codes import Code
-from lm_saes.latents.encode.encoders import LinearEncoder
-from lm_saes.latents.encode.linear import encode
+from lm_saes.latents.encode.linear import LinearEncoder, encode
 from lm_saes.latents.record import Record
 from lm_saes.losses.dead_latents import DeadList, auxk
 

@@ -22,8 +22,8 @@ from lm_saes.dictionaries.config import ALL_ACTIVATIONS, BaseSAEConfig
 from lm_saes.dictionaries.rows import active_directions, scale_to, valid_rows
 from lm_saes.dictionaries.sites import SitedDictionary, side_by_side
 from lm_saes.latents.codes import Code
-from lm_saes.latents.encode.encoders import LinearEncoder
 from lm_saes.latents.encode.hidden import Hidden
+from lm_saes.latents.encode.linear import LinearEncoder
 from lm_saes.latents.gradients.rows import chosen_rows
 from lm_saes.latents.record import Record
 from lm_saes.losses.dead_latents import DeadList, auxk

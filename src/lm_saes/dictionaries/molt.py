@@ -18,12 +18,13 @@ import torch
 from pydantic import Field, ValidationInfo, model_validator
 from torch import Tensor, nn
 
+from lm_saes import machine
 from lm_saes.dictionaries.rows import scale_to
 from lm_saes.dictionaries.single import LinearlyEncoded, SingleConfig
 from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import Code, DenseCode
-from lm_saes.latents.encode.encoders import LinearEncoder
-from lm_saes.latents.encode.transforms import DENSITY_SCALE, Transforms, active_code
+from lm_saes.latents.encode.linear import LinearEncoder
+from lm_saes.latents.encode.transforms import Transforms, active_code
 from lm_saes.latents.record import Record, squared_length
 from lm_saes.losses.dead_latents import DeadList, strongest
 
@@ -66,7 +67,7 @@ class MixtureOfLinearTransform(LinearlyEncoded):
 
     config_class = MOLTConfig
     reads_uniform_bounds = False
-    density_scale = DENSITY_SCALE
+    density_scale = machine.TRANSFORM_DENSITY_SCALE
     cfg: MOLTConfig  # type: ignore[assignment]
 
     def __init__(self, cfg: MOLTConfig) -> None:

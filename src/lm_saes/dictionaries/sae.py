@@ -21,10 +21,11 @@ from lm_saes import machine
 from lm_saes.dictionaries.rows import active_directions, scale_to, valid_rows
 from lm_saes.dictionaries.single import LinearlyEncoded, SingleConfig
 from lm_saes.latents.codes import Code
-from lm_saes.latents.encode.encoders import LinearEncoder
+from lm_saes.latents.encode.linear import LinearEncoder
 from lm_saes.latents.gradients.rows import chosen_rows
 from lm_saes.latents.record import Record
 from lm_saes.losses.dead_latents import DeadList, auxk
+
 
 class SAEConfig(SingleConfig):
     """A sparse autoencoder, or a transcoder if the two hook points differ."""

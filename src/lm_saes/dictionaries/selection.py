@@ -12,8 +12,7 @@ from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.errors import ConfigError
 from lm_saes.latents.activations import ActivationFunction
 from lm_saes.latents.encode.hidden import Hidden
-from lm_saes.latents.selection.density import DensityMemory
-from lm_saes.latents.selection.selector import Selector
+from lm_saes.latents.selection.selector import DensityMemory, Selector
 
 
 class Selecting(nn.Module, ABC):

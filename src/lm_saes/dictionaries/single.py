@@ -19,8 +19,7 @@ from lm_saes.dictionaries.normalization import geometric_median
 from lm_saes.dictionaries.rows import hook_rows, valid_rows
 from lm_saes.errors import ConfigError
 from lm_saes.latents.codes import Code, DenseCode
-from lm_saes.latents.encode.encoders import LinearEncoder
-from lm_saes.latents.encode.linear import encode
+from lm_saes.latents.encode.linear import LinearEncoder, encode
 from lm_saes.latents.record import Record
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from lm_saes.latents.activations import ActivationFunction
 from lm_saes.latents.codes import Code
-from lm_saes.latents.encode.encoders import LinearEncoder
-from lm_saes.latents.encode.linear import encode
+from lm_saes.latents.encode.linear import LinearEncoder, encode
 from lm_saes.latents.selection.selector import Selector
 
 from ..dictionaries.twin import sae_config

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_saes.latents import products
+from lm_saes import machine
 from lm_saes.latents.activations import ActivationFunction
 from lm_saes.latents.activations.batchtopk import BatchTopK
 from lm_saes.latents.activations.topk import TopK
-from lm_saes.latents.encode.encoders import LinearEncoder
-from lm_saes.latents.encode.linear import encode
+from lm_saes.latents.encode.linear import LinearEncoder, encode
 from lm_saes.latents.selection.budget import SearchByBudget
 from lm_saes.latents.selection.selector import Selector
 
@@ -127,7 +126,7 @@ def normal(seed: int, scale: float = 1.0, shift: float = 0.0, shape: tuple[int, 
 @pytest.fixture(params=[1, 5, 1000])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of 40 latents fall into blocks of this many."""
-    monkeypatch.setattr(products, "BLOCK_BYTES", 4 * 40 * request.param)
+    monkeypatch.setattr(machine, "PRODUCT_BLOCK_BYTES", 4 * 40 * request.param)
 
 
 @both
@@ -157,7 +156,7 @@ def test_batchtopk_stays_exact_when_the_distribution_jumps(blocks: None, scales:
 
 
 def test_batchtopk_stays_exact_when_the_first_block_is_not_like_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "BLOCK_BYTES", 4 * 40 * 4)
+    monkeypatch.setattr(machine, "PRODUCT_BLOCK_BYTES", 4 * 40 * 4)
     for factor in (1e-3, 1e3):
         s_NF = normal(0)
         s_NF[:4] *= factor
@@ -168,7 +167,7 @@ def test_batchtopk_stays_exact_when_the_first_block_is_not_like_the_others(monke
 def test_a_batch_with_too_few_positive_entries_is_not_looked_at_forever(
     monkeypatch: pytest.MonkeyPatch, known: float
 ) -> None:
-    monkeypatch.setattr(products, "BLOCK_BYTES", 4 * 40 * 3)
+    monkeypatch.setattr(machine, "PRODUCT_BLOCK_BYTES", 4 * 40 * 3)
     function, s_NF = batchtopk(40, 15), normal(0, shift=-1.5)
     s_NF[:3] += 4
     function.batch_topk_threshold.fill_(known)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lm_saes import machine
 from lm_saes.latents.codes import DenseCode, Identity, Tanh
 from lm_saes.latents.encode.dense import BlockwiseCode
-from lm_saes.latents.encode.encoders import LinearEncoder
 from lm_saes.latents.encode.given import select
 from lm_saes.latents.encode.hidden import Hidden
-from lm_saes.latents.gradients import blocks
+from lm_saes.latents.encode.linear import LinearEncoder
 from lm_saes.latents.selection.selector import Selector
 
 from .problems import Problem
@@ -17,7 +17,7 @@ from .problems import Problem
 
 @pytest.fixture(autouse=True)
 def narrow_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 8 * 13 * 16)  # 16 of 24 latents: the last block is short
+    monkeypatch.setattr(machine, "GRADIENT_BLOCK_BYTES", 8 * 13 * 16)  # 16 of 24 latents: the last block is short
 
 
 def blockwise(problem: Problem) -> BlockwiseCode:

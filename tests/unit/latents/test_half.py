@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from lm_saes import machine
 from lm_saes.latents.codes import SparseCode
-from lm_saes.latents.encode.encoders import LinearEncoder
-from lm_saes.latents.encode.linear import encode
+from lm_saes.latents.encode.linear import LinearEncoder, encode
 from lm_saes.latents.selection import half_precision as half
 from lm_saes.latents.selection.bounds import UNIT
-from lm_saes.latents.selection.half_precision import batch_in_half, half_pays, top_in_half
+from lm_saes.latents.selection.half_precision import batch_in_half, top_in_half
 from lm_saes.latents.selection.scores import Scores
 from lm_saes.latents.selection.selector import Selector
+from lm_saes.latents.selection.strategies import precision
 
 from .problems import activation
 from .test_screening import problem
@@ -32,7 +33,7 @@ def test_whole_numbers_are_selected_exactly(
     monkeypatch: pytest.MonkeyPatch, n_latents: int, k: int, gated: bool
 ) -> None:
     """Half precision holds every whole number up to 256."""
-    monkeypatch.setattr(half, "BLOCK_BYTES", 2 * n_latents * 130)  # several blocks of tokens
+    monkeypatch.setattr(machine, "BOUNDS_BLOCK_BYTES", 2 * n_latents * 130)  # several blocks of tokens
     draw = torch.Generator().manual_seed(0)
     x_ND, W_FD = (torch.randint(-2, 3, (n, 30), generator=draw).float() for n in (300, n_latents))
     b_F = torch.randint(-8, 9, (n_latents,), generator=draw).float()
@@ -88,7 +89,7 @@ def test_selection_is_that_of_one_product(kind: str, gated: bool) -> None:
 @pytest.mark.parametrize("n_rows", [130, 300])
 def test_a_batch(monkeypatch: pytest.MonkeyPatch, kind: str, n_latents: int, n_rows: int) -> None:
     """Everything from some `s` on, at least as much as is wanted, or all that is positive."""
-    monkeypatch.setattr(half, "BLOCK_BYTES", 2 * n_latents * n_rows)
+    monkeypatch.setattr(machine, "BOUNDS_BLOCK_BYTES", 2 * n_latents * n_rows)
     x_ND, W_FD, b_F = problem(kind, n_latents=n_latents)
     scale_F = scales(n_latents)
     n = 16 * len(x_ND)
@@ -107,14 +108,14 @@ def test_a_batch(monkeypatch: pytest.MonkeyPatch, kind: str, n_latents: int, n_r
 
 def test_a_batch_that_blocks_share_unevenly_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     x_ND, W_FD, b_F = problem("plain")
-    monkeypatch.setattr(half, "BLOCK_BYTES", 2 * len(b_F) * 100)
+    monkeypatch.setattr(machine, "BOUNDS_BLOCK_BYTES", 2 * len(b_F) * 100)
     x_ND[100:] *= 0.01
     assert batch_in_half(Scores(x_ND, W_FD.T, torch.zeros_like(b_F), None), 16 * len(x_ND)) is None
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_batchtopk_keeps_its_budget(monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
-    monkeypatch.setattr(half, "cpu_computes_in", lambda dtype: True)
+    monkeypatch.setattr(machine, "cpu_computes_in", lambda dtype: True)
     x_ND, W_FD, b_F = problem("plain")
     mask_N = torch.arange(len(x_ND)) % 3 != 1 if masked else None
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -132,7 +133,7 @@ def test_batchtopk_keeps_its_budget(monkeypatch: pytest.MonkeyPatch, masked: boo
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_gradients_are_float32_at_the_chosen_entries(monkeypatch: pytest.MonkeyPatch, gated: bool) -> None:
-    monkeypatch.setattr(half, "cpu_computes_in", lambda dtype: True)
+    monkeypatch.setattr(machine, "cpu_computes_in", lambda dtype: True)
     x_ND, W_FD, b_F = problem("plain")
     scale_F = scales(len(b_F)) if gated else None
     W_DF, bias = W_FD.T.clone().requires_grad_(), b_F.clone().requires_grad_()
@@ -150,13 +151,16 @@ def test_gradients_are_float32_at_the_chosen_entries(monkeypatch: pytest.MonkeyP
 
 
 def test_only_where_it_is_asked_for_and_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_half(x_ND: Tensor) -> bool:
+        return precision(x_ND, 100, 4) == "half"
+
     x_ND = torch.ones(4, 3)
-    monkeypatch.setattr(half, "cpu_computes_in", lambda dtype: True)
-    assert not half_pays(x_ND)
+    monkeypatch.setattr(machine, "cpu_computes_in", lambda dtype: True)
+    assert not in_half(x_ND)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert half_pays(x_ND)
-        assert not half_pays(x_ND.double())
-        monkeypatch.setattr(half, "cpu_computes_in", lambda dtype: False)
-        assert not half_pays(x_ND)
+        assert in_half(x_ND)
+        assert not in_half(x_ND.double())
+        monkeypatch.setattr(machine, "cpu_computes_in", lambda dtype: False)
+        assert not in_half(x_ND)
     with torch.autocast("cpu", dtype=torch.float16):
-        assert not half_pays(x_ND)
+        assert not in_half(x_ND)

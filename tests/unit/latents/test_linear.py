@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_saes.latents import products
+from lm_saes import machine
 from lm_saes.latents.codes import DenseCode, SparseCode
-from lm_saes.latents.encode.encoders import LinearEncoder
-from lm_saes.latents.encode.linear import encode
+from lm_saes.latents.encode.linear import LinearEncoder, encode
 from lm_saes.latents.selection.search import Chosen, SearchByRule
 from lm_saes.latents.selection.selector import Selector
 from lm_saes.latents.selection.wants import Judged
@@ -24,7 +23,7 @@ from .problems import Problem, activation
 def test_sparse_is_dense(
     monkeypatch: pytest.MonkeyPatch, act_fn: str, gated: bool, glu: bool, masked: bool, rows_per_block: int
 ) -> None:
-    monkeypatch.setattr(products, "BLOCK_BYTES", 4 * 24 * rows_per_block)
+    monkeypatch.setattr(machine, "PRODUCT_BLOCK_BYTES", 4 * 24 * rows_per_block)
     one, other = (Problem(act_fn, gated, glu, masked) for _ in range(2))
     sparse, dense = one.encode(dense=False), other.encode(dense=True)
     assert isinstance(sparse, SparseCode)
@@ -105,7 +104,7 @@ def test_gradients_of_a_fixed_selection(monkeypatch: pytest.MonkeyPatch, glu: bo
     relu = activation("relu", 8)
     monkeypatch.setattr(relu, "wants", lambda: Judged(lambda s_BF, rows: fixed[rows]))
     monkeypatch.setattr(SearchByRule, "choose", lambda search, s_E, pattern: Chosen(pattern, ~turned_down))
-    monkeypatch.setattr(products, "BLOCK_BYTES", 4 * 8 * 4)
+    monkeypatch.setattr(machine, "PRODUCT_BLOCK_BYTES", 4 * 8 * 4)
     problem = Problem("relu", gated=False, glu=glu, n_tokens=6, d_sae=8)
     parts = [problem.x_ND, problem.W_DF, problem.b_F]
     if glu:

@@ -4,15 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from lm_saes import machine
 from lm_saes.latents.codes import SparseCode
-from lm_saes.latents.encode.encoders import LinearEncoder
-from lm_saes.latents.encode.linear import encode
-from lm_saes.latents.selection import bounds
-from lm_saes.latents.selection import screened as screening
+from lm_saes.latents.encode.linear import LinearEncoder, encode
 from lm_saes.latents.selection.bounds import Bounds
 from lm_saes.latents.selection.scores import Scores
 from lm_saes.latents.selection.screened import batch_screened, top_screened
 from lm_saes.latents.selection.selector import Selector
+from lm_saes.latents.selection.strategies import precision
 
 from .problems import activation
 
@@ -48,8 +47,8 @@ def wanted(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, scale_F: Tensor | None, k: i
 @pytest.mark.parametrize("kind", ["plain", "shifted", "outlier", "negative", "few positive", "twins"])
 @pytest.mark.parametrize("gated", [False, True])
 def test_screening_is_exact(monkeypatch: pytest.MonkeyPatch, kind: str, gated: bool) -> None:
-    monkeypatch.setattr(screening, "WORTH_WHILE", 1.0)  # go on, however many rows fail
-    monkeypatch.setattr(bounds, "BLOCK_BYTES", 2 * 1040 * 130)  # several blocks of tokens
+    monkeypatch.setattr(machine, "SCREENING_MOST_FAILURES", 1.0)  # go on, however many rows fail
+    monkeypatch.setattr(machine, "BOUNDS_BLOCK_BYTES", 2 * 1040 * 130)  # several blocks of tokens
     x_ND, W_FD, b_F = problem(kind)
     scale_F = torch.linspace(0.3, 3, len(b_F)) if gated else None
     found = top_screened(Scores(x_ND, W_FD.T, b_F, scale_F), k=16)
@@ -64,8 +63,8 @@ def test_screening_is_exact(monkeypatch: pytest.MonkeyPatch, kind: str, gated: b
 @pytest.mark.parametrize("kind", ["plain", "shifted", "negative", "few positive"])
 @pytest.mark.parametrize("gated", [False, True])
 def test_screening_a_batch_is_exact(monkeypatch: pytest.MonkeyPatch, kind: str, gated: bool) -> None:
-    monkeypatch.setattr(bounds, "BLOCK_BYTES", 2 * 1040 * 130)
-    monkeypatch.setattr(screening, "BATCH_CANDIDATES", 3)  # whatever the bounds are worth: it has to succeed
+    monkeypatch.setattr(machine, "BOUNDS_BLOCK_BYTES", 2 * 1040 * 130)
+    monkeypatch.setattr(machine, "SCREENING_BATCH_CANDIDATES", 3)  # whatever the bounds are worth: it has to succeed
     x_ND, W_FD, b_F = problem(kind)
     scale_F = torch.linspace(0.3, 3, len(b_F)) if gated else None
     n = 16 * len(x_ND)
@@ -81,7 +80,7 @@ def test_screening_a_batch_is_exact(monkeypatch: pytest.MonkeyPatch, kind: str, 
 
 
 def test_a_batch_that_bounds_cannot_settle_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screening, "BATCH_CANDIDATES", 0.5)  # too few to choose from
+    monkeypatch.setattr(machine, "SCREENING_BATCH_CANDIDATES", 0.5)  # too few to choose from
     x_ND, W_FD, b_F = problem("plain")
     assert batch_screened(Scores(x_ND, W_FD.T, b_F, None), 16 * len(x_ND)) is None
 
@@ -122,8 +121,8 @@ def test_bounds_hold_where_rounding_does_its_worst(rounded: str) -> None:
 
 @pytest.mark.parametrize("size", [100, 128, 129, 300])  # blocks smaller than what is tried first, as large, larger
 def test_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(screening, "WORTH_WHILE", 1.0)
-    monkeypatch.setattr(bounds, "BLOCK_BYTES", 2 * 1040 * size)
+    monkeypatch.setattr(machine, "SCREENING_MOST_FAILURES", 1.0)
+    monkeypatch.setattr(machine, "BOUNDS_BLOCK_BYTES", 2 * 1040 * size)
     x_ND, W_FD, b_F = problem("outlier")
     found = top_screened(Scores(x_ND, W_FD.T, b_F, None), k=16)
     assert found is not None
@@ -148,11 +147,11 @@ def test_a_screened_encoder_is_the_plain_one(
     mask_N = torch.arange(len(x_ND)) % 3 != 1 if masked else None
     found: list[tuple[SparseCode, list[Tensor]]] = []
     for large in (0, 1 << 60):
-        monkeypatch.setattr(screening, "LARGE", large)
-        monkeypatch.setattr(screening, "FEWEST_TOKENS", 0)
-        monkeypatch.setattr(screening, "cpu_computes_in", lambda dtype: True)
+        monkeypatch.setattr(machine, "SCREENING_LEAST_PRODUCT", large)
+        monkeypatch.setattr(machine, "SCREENING_LEAST_TOKENS", 0)
+        monkeypatch.setattr(machine, "cpu_computes_in", lambda dtype: True)
         W_DF, bias = W_FD.T.clone().requires_grad_(), b_F.clone().requires_grad_()
-        assert screening.screening_pays(x_ND, len(b_F), 16) == (large == 0)
+        assert precision(x_ND, len(b_F), 16) == ("screened" if large == 0 else "full")
         code = encode(
             x_ND, LinearEncoder(W_DF, bias), Selector(activation(act_fn, len(b_F), top_k=16)), scale_F, mask_N
         )
@@ -167,9 +166,9 @@ def test_a_screened_encoder_is_the_plain_one(
 
 
 def test_a_batch_of_which_no_token_counts_has_no_entries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screening, "LARGE", 0)
-    monkeypatch.setattr(screening, "FEWEST_TOKENS", 0)
-    monkeypatch.setattr(screening, "cpu_computes_in", lambda dtype: True)
+    monkeypatch.setattr(machine, "SCREENING_LEAST_PRODUCT", 0)
+    monkeypatch.setattr(machine, "SCREENING_LEAST_TOKENS", 0)
+    monkeypatch.setattr(machine, "cpu_computes_in", lambda dtype: True)
     x_ND, W_FD, b_F = problem("plain")
     nothing_N = torch.zeros(len(x_ND), dtype=torch.bool)
     code = encode(

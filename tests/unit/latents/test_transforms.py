@@ -6,7 +6,8 @@ from torch import Tensor
 
 from lm_saes.latents.codes import DenseCode, SparseCode
 from lm_saes.latents.encode import transforms
-from lm_saes.latents.encode.transforms import LOW_RANK, Transforms, active_code
+from lm_saes.latents.encode.transforms import Transforms, active_code
+from lm_saes.machine import LOW_RANK
 
 N, D = 7, 5
 

@@ -31,7 +31,6 @@ from lm_saes.axes.axis import Axis
 from lm_saes.data.batch import Batch
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.errors import TrainingError
-from lm_saes.latents import products
 from lm_saes.latents.codes import DenseCode, SparseCode
 from lm_saes.losses.dead_latents import list_dead, strongest
 from lm_saes.training.checkpoint import saved_steps
@@ -177,8 +176,8 @@ def watched(
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six rows at a time or fewer, so that a batch is several blocks."""
-    for name in ("BLOCK_BYTES", "DEVICE_BLOCK_BYTES"):
-        monkeypatch.setattr(products, name, 4 * LATENTS * 6)
+    for name in ("PRODUCT_BLOCK_BYTES", "DEVICE_BLOCK_BYTES"):
+        monkeypatch.setattr(machine, name, 4 * LATENTS * 6)
 
 
 @pytest.fixture

@@ -12,14 +12,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lm_saes import CLTConfig, CrossCoderConfig, Initializer, InitializerConfig, SAEConfig, Trainer, TrainerConfig
+from lm_saes import (
+    CLTConfig,
+    CrossCoderConfig,
+    Initializer,
+    InitializerConfig,
+    SAEConfig,
+    Trainer,
+    TrainerConfig,
+    machine,
+)
 from lm_saes.axes.axis import Axis
 from lm_saes.data.batch import Batch
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.lorsa import LorsaConfig
 from lm_saes.dictionaries.molt import MOLTConfig
 from lm_saes.latents.gradients.rows import RowGradients, carry_row_gradients, chosen_rows, collecting
-from lm_saes.latents.selection import density
 from lm_saes.losses.settings import LossSettings
 from lm_saes.training import optim
 from lm_saes.training.checkpoint import saved_steps
@@ -89,7 +97,7 @@ def sited(batches: list[Any]) -> list[Any]:
 @pytest.fixture
 def sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the sparse path, however many latents are active."""
-    monkeypatch.setattr(density, "SPARSE_BELOW", 1.0)
+    monkeypatch.setattr(machine, "SPARSE_BELOW", 1.0)
 
 
 @pytest.fixture

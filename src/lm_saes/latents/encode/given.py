@@ -33,9 +33,9 @@ def select(
     """
     h_NF = h_NF.contiguous()
     scores = _GivenScores(h_NF, scale_F)
-    if dense is None:
-        dense = not selector.sparse_pays(scores)
     search = selector.begin(scores, mask_N)
+    if dense is None:
+        dense = not selector.sparse_pays(search, scores)
     if dense:
         return DenseCode(active_only(h_NF, scale_F, search))
     flat_E, chosen = _pick(scores, search)
@@ -71,8 +71,8 @@ class _GivenScores(BatchScores):
 @torch.no_grad()
 def _pick(scores: _GivenScores, search: Search) -> tuple[Tensor, Chosen]:
     """Places of the entries in `h`, and the choice of them."""
-    found = find(search, scores)
-    chosen = search.choose(found.s_E, found.pattern(scores.n_latents))
+    found, pattern = find(search, scores)
+    chosen = search.choose(found.s_E, pattern)
     return chosen.pattern.rows.long() * scores.n_latents + chosen.pattern.indices, chosen
 
 

@@ -18,16 +18,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lm_saes import machine
 from lm_saes.latents import kernels
 from lm_saes.latents.codes import Code, DenseCode, Pattern, SparseCode
 from lm_saes.latents.offsets import offsets_of_lengths
-from lm_saes.latents.selection.density import sparse_pays
-
-DENSITY_SCALE = 3.0
-"""How many times denser than an autoencoder's a code may be before dense products win: a map costs more than a
-direction (measured at d=576 for ranks 1 to 64, see docs/LOG.md)."""
-LOW_RANK = 8
-"""The rank from which matrix products over gathered rows are faster than sums over directions (measured likewise)."""
+from lm_saes.latents.selection.selector import sparse_pays
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +53,7 @@ class Transforms:
             if isinstance(part, DenseCode):
                 y_ND = y_ND + _dense(part.values, x_ND, U_nDr, V_nrD)
             else:
-                mix = _by_direction if V_nrD.shape[1] < LOW_RANK else _by_latent
+                mix = _by_direction if V_nrD.shape[1] < machine.LOW_RANK else _by_latent
                 y_ND = y_ND + mix(part, x_ND, U_nDr, V_nrD)
             first += len(U_nDr)
         return y_ND
@@ -68,7 +63,7 @@ def active_code(f_NF: Tensor) -> Code:
     """A code of the entries of `f` that are not 0, if they are few. Zeros then get no gradient."""
     active_NF = f_NF != 0
     lengths_N = active_NF.sum(1)
-    if not sparse_pays(int(lengths_N.sum()), f_NF.numel() * DENSITY_SCALE):
+    if not sparse_pays(int(lengths_N.sum()), f_NF.numel() * machine.TRANSFORM_DENSITY_SCALE):
         return DenseCode(f_NF)
     flat_E = active_NF.view(-1).nonzero().squeeze(1)
     indices_E = (flat_E % f_NF.shape[1]).to(torch.int32)

@@ -11,16 +11,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lm_saes import machine
 from lm_saes.latents.gradients.deferred import Recipe
 from lm_saes.latents.products import add_product, product, product_dtype
-
-BLOCK_BYTES = 8 << 20
-"""Size of one block: small enough for the caches, large enough for efficient products (measured: 2 to 16 MB)."""
 
 
 def blocks(n_latents: int, n_tokens: int, dtype: torch.dtype) -> Iterator[slice]:
     """The latents, a block at a time."""
-    size = max(16, BLOCK_BYTES // (dtype.itemsize * max(1, n_tokens)) // 16 * 16)
+    size = max(16, machine.GRADIENT_BLOCK_BYTES // (dtype.itemsize * max(1, n_tokens)) // 16 * 16)
     for start in range(0, n_latents, size):
         yield slice(start, min(start + size, n_latents))
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lm_saes import machine
 from lm_saes.latents.kernels.cuda_launch import (
     SUM_TYPES,
     ceil_div,
@@ -28,11 +29,6 @@ from lm_saes.latents.kernels.cuda_launch import (
 )
 from lm_saes.latents.kernels.cuda_selection import top_of_product as top_of_product
 from lm_saes.latents.kernels.plain import transpose as transpose  # a stable radix sort on the device, without a wait
-
-CHUNK = 256
-"""Entries that one program adds up; a longer row is cut into pieces, so that a hot latent keeps many programs busy."""
-MOST_CHUNKS = 4096
-"""With more entries than this many chunks hold, chunks grow instead: the pieces' buffer stays below 8192 rows."""
 
 
 @on_its_device
@@ -49,7 +45,7 @@ def gather_sum(weights_E: Tensor, indices_E: Tensor, offsets: Tensor, table_XD: 
         return table_XD.new_zeros(n_rows, width)
     table_XD, offsets = rows_together(table_XD), offsets.contiguous()
     out = table_XD.new_empty(n_rows, width)
-    chunk = max(CHUNK, power_of_two(ceil_div(n_entries, MOST_CHUNKS)))
+    chunk = max(machine.CHUNK_ENTRIES, power_of_two(ceil_div(n_entries, machine.MOST_CHUNKS)))
     n_windows = ceil_div(n_entries, chunk) if n_entries > chunk else 0
     sums, columns = sum_type(table_XD), tile_columns(table_XD)
     pieces = torch.empty(2 * n_windows, width, dtype=SUM_TYPES[sums], device=out.device)

@@ -11,11 +11,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from lm_saes import machine
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
-TILE_BYTES = 2048
-"""What a program reads of one row at a time, at most: 16 bytes for each thread of four warps."""
 SUM_TYPES = {tl.float32: torch.float32, tl.float64: torch.float64}
 """Types that sums are made in, as Triton's and as torch's."""
 
@@ -60,7 +60,7 @@ def rows_together(x: Tensor) -> Tensor:
 
 def tile_columns(table: Tensor) -> int:
     """Columns of a tile: the widest that covers no more than an eighth above what the best choice covers."""
-    width, most = table.shape[1], TILE_BYTES // table.element_size()
+    width, most = table.shape[1], machine.TILE_BYTES // table.element_size()
     if width <= 128:
         return power_of_two(width)
     choices = [columns for columns in (1024, 512, 256, 128) if columns <= most]

@@ -11,11 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lm_saes import machine
 from lm_saes.latents.kernels.cuda_launch import ceil_div, launch, on_its_device, power_of_two, rows_together, sum_type
-from lm_saes.latents.kernels.plain import GROUPS_OF, scaled_and_shifted, selection_dtype
-
-MANY_GROUPS = 2048
-"""More groups than this are themselves grouped: torch's `topk` reads a row many times over."""
+from lm_saes.latents.kernels.plain import scaled_and_shifted, selection_dtype
 
 
 @on_its_device
@@ -26,7 +24,8 @@ def top_of_product(product_BF: Tensor, scale_F: Tensor | None, shift_F: Tensor, 
     groups); the k groups with the largest hold the k largest entries, and only their members are looked at again.
     """
     n_rows, n_latents = product_BF.shape
-    n_groups = n_latents // GROUPS_OF
+    members = machine.SELECTION_GROUP
+    n_groups = n_latents // members
     if n_rows == 0 or n_groups < 2 * k:  # few columns
         return scaled_and_shifted(product_BF, scale_F, shift_F).topk(k, dim=1, sorted=False).indices
     product_BF, shift_F = rows_together(product_BF), shift_F.contiguous()
@@ -37,20 +36,20 @@ def top_of_product(product_BF: Tensor, scale_F: Tensor | None, shift_F: Tensor, 
     rows, groups = 8, 256
     launch(
         _group_maxima, (ceil_div(n_rows, rows), ceil_div(n_groups, groups)), product_BF, scale, shift_F, maxima_BG,
-        n_rows, n_groups, product_BF.stride(0), SCALED=scaled, WORK=work, ROWS=rows, MEMBERS=GROUPS_OF, GROUPS=groups,
+        n_rows, n_groups, product_BF.stride(0), SCALED=scaled, WORK=work, ROWS=rows, MEMBERS=members, GROUPS=groups,
         num_warps=1,
     )  # fmt: skip
-    if n_groups > MANY_GROUPS:
+    if n_groups > machine.MANY_GROUPS:
         groups_Bk = top_of_product(maxima_BG, None, maxima_BG.new_zeros(n_groups), k)
     else:
         groups_Bk = maxima_BG.topk(k, dim=1, sorted=False).indices
-    n_candidates = k * GROUPS_OF + n_latents % GROUPS_OF
+    n_candidates = k * members + n_latents % members
     values_BC = maxima_BG.new_empty(n_rows, n_candidates)
     columns_BC = torch.empty(n_rows, n_candidates, dtype=torch.int32, device=product_BF.device)
     candidates = min(1024, power_of_two(n_candidates))
     launch(
         _candidates, (n_rows, ceil_div(n_candidates, candidates)), product_BF, scale, shift_F, groups_Bk, values_BC,
-        columns_BC, n_groups, k, n_candidates, product_BF.stride(0), SCALED=scaled, WORK=work, MEMBERS=GROUPS_OF,
+        columns_BC, n_groups, k, n_candidates, product_BF.stride(0), SCALED=scaled, WORK=work, MEMBERS=members,
         CANDIDATES=candidates, num_warps=4,
     )  # fmt: skip
     best_Bk = values_BC.topk(k, dim=1, sorted=False).indices

@@ -10,14 +10,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-GROUPS_OF = 16
-"""Columns of one group in the first stage of a selection of the largest."""
-CACHED_BYTES = 1 << 20
-"""Size, for each thread, of what several passes follow each other on: half of a core's second-level cache."""
-OFTEN = 16
-"""Rows that are read so many times each are worth bringing into the cache, some columns of all of them at a time."""
-MOST_PARTS = 8
-"""Narrower parts than an eighth of the columns do not pay."""
+from lm_saes import machine
 
 
 def gather_sum(weights_E: Tensor, indices_E: Tensor, offsets: Tensor, table_XD: Tensor) -> Tensor:
@@ -25,8 +18,9 @@ def gather_sum(weights_E: Tensor, indices_E: Tensor, offsets: Tensor, table_XD: 
     n_rows = offsets.numel() - 1
     if weights_E.numel() == 0:
         return table_XD.new_zeros(n_rows, table_XD.shape[1])
-    n_parts, often = table_XD.nbytes // CACHED_BYTES, weights_E.numel() >= OFTEN * (n_rows + len(table_XD))
-    parts = table_XD.chunk(n_parts, 1) if often and 1 < n_parts <= MOST_PARTS else [table_XD]
+    n_parts = table_XD.nbytes // machine.CORE_CACHE_BYTES
+    often = weights_E.numel() >= machine.OFTEN_READ * (n_rows + len(table_XD))
+    parts = table_XD.chunk(n_parts, 1) if often and 1 < n_parts <= machine.MOST_COLUMN_PARTS else [table_XD]
     sums = [
         nnf.embedding_bag(
             indices_E, part.contiguous(), offsets, mode="sum", per_sample_weights=weights_E, include_last_offset=True
@@ -59,11 +53,11 @@ def top_columns(s_BF: Tensor, k: int) -> Tensor:
     whatever is among these makes its group's maximum at least as large.
     """
     n_rows, n_latents = s_BF.shape
-    n_groups = n_latents // GROUPS_OF
+    n_groups = n_latents // machine.SELECTION_GROUP
     if n_groups < 2 * k:
         return s_BF.topk(k, dim=1, sorted=False).indices
-    whole = n_groups * GROUPS_OF  # the group of a column is its remainder by n_groups
-    maxima_BG = s_BF[:, :whole].view(n_rows, GROUPS_OF, n_groups).amax(1)
+    whole = n_groups * machine.SELECTION_GROUP  # the group of a column is its remainder by n_groups
+    maxima_BG = s_BF[:, :whole].view(n_rows, machine.SELECTION_GROUP, n_groups).amax(1)
     groups_Bk = maxima_BG.topk(k, dim=1, sorted=False).indices
     starts = torch.arange(0, whole, n_groups, device=s_BF.device)
     columns_BC = (groups_Bk[:, None, :] + starts[:, None]).flatten(1)
@@ -169,5 +163,6 @@ def _sparse_adam_of_few(
 
 def _rows_at_once(like: Tensor, row_bytes: int) -> int:
     """How many rows of so many bytes stay in the cache, or on a GPU are enough to keep it busy."""
-    size = CACHED_BYTES * torch.get_num_threads() if like.device.type == "cpu" else CACHED_BYTES << 8
+    cores = torch.get_num_threads() if like.device.type == "cpu" else 256
+    size = machine.CORE_CACHE_BYTES * cores
     return max(1, size // max(1, row_bytes))

@@ -13,8 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-GROUPS_OF = 4
-"""Columns of one group, at each of several stages."""
+from lm_saes import machine
 
 
 def largest(v_BX: Tensor, k: int) -> Tensor:
@@ -30,7 +29,7 @@ def above(v_BF: Tensor, n: int) -> tuple[Tensor, Tensor, int]:
     """At least the n largest positive entries of a block (places in the flattened block, by row; bits), and the least
     bits of which all are among them (1: all that are positive)."""
     n_rows, n_latents = v_BF.shape
-    groups_of = GROUPS_OF if n_latents % GROUPS_OF == 0 else 1
+    groups_of = machine.BITS_GROUP if n_latents % machine.BITS_GROUP == 0 else 1
     n_groups = n_latents // groups_of
     bits_BF = v_BF.view(torch.int16)
     maxima_BG = bits_BF.view(n_rows, groups_of, n_groups).amax(1)
@@ -59,10 +58,10 @@ def above_in_blocks(blocks: Iterable[tuple[int, Tensor, int]]) -> tuple[Tensor, 
 
 def _largest(v_BX: Tensor, k: int) -> Tensor:
     n_rows, n_columns = v_BX.shape
-    n_groups = n_columns // GROUPS_OF
-    if n_columns % GROUPS_OF or n_groups < 2 * k:
+    n_groups = n_columns // machine.BITS_GROUP
+    if n_columns % machine.BITS_GROUP or n_groups < 2 * k:
         return v_BX.topk(k, dim=1, sorted=False).indices
-    groups_Bk = _largest(v_BX.view(n_rows, GROUPS_OF, n_groups).amax(1), k)
+    groups_Bk = _largest(v_BX.view(n_rows, machine.BITS_GROUP, n_groups).amax(1), k)
     columns_BC = (groups_Bk[:, None] + torch.arange(0, n_columns, n_groups)[:, None]).view(n_rows, -1)
     best_Bk = v_BX.gather(1, columns_BC).topk(k, dim=1, sorted=False).indices
     return columns_BC.gather(1, best_Bk)

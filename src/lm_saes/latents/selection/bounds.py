@@ -17,20 +17,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lm_saes import machine
 from lm_saes.latents import kernels
 from lm_saes.latents.offsets import offsets_of_rows
 from lm_saes.latents.selection.scores import Scores
 
-BLOCK_BYTES = 38 << 20
-"""Size of one block of bounds."""
-ROWS_AT_ONCE = 512
-"""So many inputs, or latents' weights, are scaled and rounded at a time: they stay in the cache meanwhile."""
 UNIT = 2.0**-8
 """Largest relative error of rounding to bfloat16."""
 SLACK = 1 + 2.0**-6
 """Covers what the bounds themselves lose by being computed in floating point."""
-WIDTH_OF = 32
-"""Products are fastest in widths that this divides."""
 
 
 class Bounds:
@@ -45,10 +40,10 @@ class Bounds:
         self.x_ND, self.W_FD, self.b_F, self.scale_F = x_ND, scores.W_DF.T.contiguous(), b_F, scale_F
         n_latents, width = self.W_FD.shape
         mean_D = x_ND.mean(0)
-        padded = -(-(width + 5) // WIDTH_OF) * WIDTH_OF
+        padded = -(-(width + 5) // machine.PRODUCT_WIDTH) * machine.PRODUCT_WIDTH
         self._x_NP = x_ND.new_empty(len(x_ND), padded, dtype=torch.bfloat16)
         norm_N, lost_N = x_ND.new_empty(2, len(x_ND))
-        scratch = x_ND.new_empty(2, ROWS_AT_ONCE, width)
+        scratch = x_ND.new_empty(2, machine.ROUNDED_ROWS, width)
         for some in in_turn(len(x_ND)):
             x_JD = torch.sub(x_ND[some], mean_D, out=scratch[0, : len(x_ND[some])])
             _round(x_JD, self._x_NP[some, :width], norm_N[some], lost_N[some], scratch[1])
@@ -67,7 +62,7 @@ class Bounds:
 
     def blocks(self) -> Iterator[slice]:
         """The tokens, in blocks."""
-        return in_turn(len(self.x_ND), max(1, BLOCK_BYTES // (2 * len(self.W_FD))))
+        return in_turn(len(self.x_ND), max(1, machine.BOUNDS_BLOCK_BYTES // (2 * len(self.W_FD))))
 
     def of(self, tokens: slice) -> Tensor:
         """Bounds of some tokens, bfloat16 `[B, F]`: no `s` exceeds its bound by more than the rounding of the bound."""
@@ -87,7 +82,7 @@ def loosened(bound: Tensor) -> Tensor:
     return bound + 2 * UNIT * bound.abs()
 
 
-def in_turn(n_rows: int, size: int = ROWS_AT_ONCE) -> Iterator[slice]:
+def in_turn(n_rows: int, size: int = machine.ROUNDED_ROWS) -> Iterator[slice]:
     """Rows, at most so many at a time."""
     return (slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size))
 

@@ -14,11 +14,11 @@ from lm_saes import machine
 from lm_saes.axes.axis import ALONE, Axes, Axis
 from lm_saes.latents.codes import Pattern
 from lm_saes.latents.kernels.plain import top_columns
-from lm_saes.latents.selection.search import Chosen, Search
-from lm_saes.latents.selection.wants import BestOfBatch, Rows, by_row
+from lm_saes.latents.selection.search import Chosen, Rows, Search
+from lm_saes.latents.selection.wants import BestOfBatch, by_row
 
 
-class SearchByBudget(Search):
+class SearchByBudget(Search[BestOfBatch]):
     """A batch's budget, mask and floor: candidates are what exceeds the floor, which is lowered where they are too few.
 
     Where waiting for the device costs time, candidates are the budget's number of best entries of every block, whatever
@@ -26,8 +26,8 @@ class SearchByBudget(Search):
     """
 
     def __init__(self, want: BestOfBatch, rows: Rows, axes: Axes, device: torch.device) -> None:
-        super().__init__(rows, axes)
-        self.want, self.n_pools = want, want.known_P.numel()
+        super().__init__(want, rows, axes)
+        self.n_pools = want.known_P.numel()
         self.fixed = machine.waits_cost(device)
         self.even_sites = self.fixed and self.n_pools > 1
         self._floor_P: Tensor | None = None

@@ -17,9 +17,6 @@ from lm_saes.latents.products import product, product_dtype, rows_at_once
 from lm_saes.latents.selection.scores import Found, Scores
 from lm_saes.latents.selection.wants import Above
 
-FEW_TOKENS = 16
-"""So many tokens' pre-activations are compared at a time on a CPU: they stay in a core's cache."""
-
 
 def products_in_full(scores: Scores) -> Iterator[tuple[int, Tensor]]:
     """`x W` in blocks of tokens, each with the number of its first, computed in the type that autocast asks for and
@@ -49,7 +46,7 @@ def above_in_full(scores: Scores, want: Above) -> Found:
     above_F, low_F, _ = want.bounds(b_F, scale_F)
     least_F = (low_F if low_F is not None and want.learns else above_F) - b_F
     places, products = list[Tensor](), list[Tensor]()
-    few = len(x_ND) if machine.waits_cost(x_ND.device) else FEW_TOKENS
+    few = len(x_ND) if machine.waits_cost(x_ND.device) else machine.COMPARED_TOKENS
     for start, product_BF in products_in_full(scores):
         flat_E = torch.cat(
             [

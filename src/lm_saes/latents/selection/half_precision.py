@@ -12,25 +12,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lm_saes.latents.products import cpu_computes_in, product, product_dtype
+from lm_saes import machine
+from lm_saes.latents.products import product
 from lm_saes.latents.selection.bits import above_in_blocks, largest
-from lm_saes.latents.selection.bounds import BLOCK_BYTES, ROWS_AT_ONCE, WIDTH_OF, fill, in_parts, in_turn
+from lm_saes.latents.selection.bounds import fill, in_parts, in_turn
 from lm_saes.latents.selection.scores import Scores
 
 BIAS_PARTS = 3
 """So many numbers in half precision add up to one in float32."""
-SHARES = 1.5
-"""So many times its share of a batch's entries is taken from each block of tokens."""
-
-
-def half_pays(x_ND: Tensor) -> bool:
-    """Whether products with these inputs are wanted in bfloat16, and fast."""
-    return (
-        x_ND.device.type == "cpu"
-        and x_ND.dtype == torch.float32
-        and product_dtype(x_ND) == torch.bfloat16
-        and cpu_computes_in(torch.bfloat16)
-    )
 
 
 def top_in_half(scores: Scores, k: int) -> tuple[Tensor, Tensor]:
@@ -50,9 +39,10 @@ def batch_in_half(scores: Scores, n: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     Their rows and columns, by row, `x W` and `s` there, all `[E]`. None if some block of tokens has so many more than
     its share that they were not all taken.
     """
-    n_tokens, n_latents = len(scores.x_ND), scores.n_latents
+    n_tokens, n_latents = len(scores.x_ND), len(scores.b_F)
+    wanted = machine.HALF_PRECISION_SHARES * n
     flat_E, bits_E, floor = above_in_blocks(
-        (tokens.start, s_BF, n if len(s_BF) == n_tokens else int(SHARES * n * len(s_BF) / n_tokens))
+        (tokens.start, s_BF, n if len(s_BF) == n_tokens else int(wanted * len(s_BF) / n_tokens))
         for tokens, s_BF in _products(scores)
     )
     if floor > 1 and len(flat_E) < n:
@@ -65,7 +55,7 @@ def batch_in_half(scores: Scores, n: int) -> tuple[Tensor, Tensor, Tensor, Tenso
 def _products(scores: Scores) -> Iterator[tuple[slice, Tensor]]:
     """`s` of some tokens after others, each written over the one before."""
     x_NP, W_FP = _with_ones(scores.x_ND), _scaled(scores)
-    n_rows = max(1, BLOCK_BYTES // (2 * len(W_FP)))
+    n_rows = max(1, machine.BOUNDS_BLOCK_BYTES // (2 * len(W_FP)))
     s_BF = x_NP.new_empty(min(len(x_NP), n_rows), len(W_FP))
     for tokens in in_turn(len(x_NP), n_rows):
         yield tokens, product(x_NP[tokens], W_FP.T, out=s_BF[: tokens.stop - tokens.start])
@@ -96,11 +86,11 @@ def _scaled(scores: Scores) -> Tensor:
     if scale_F is None:
         W_FP[:, :width] = W_FD
     else:
-        for W_JP, W_JD, scale_J in zip(*(t.split(ROWS_AT_ONCE) for t in (W_FP, W_FD, scale_F)), strict=True):
+        for W_JP, W_JD, scale_J in zip(*(t.split(machine.ROUNDED_ROWS) for t in (W_FP, W_FD, scale_F)), strict=True):
             W_JP[:, :width] = W_JD * scale_J[:, None]
     fill(W_FP[:, width:], in_parts(b_F if scale_F is None else b_F * scale_F, BIAS_PARTS))
     return W_FP
 
 
 def _padded(width: int) -> int:
-    return -(-(width + BIAS_PARTS) // WIDTH_OF) * WIDTH_OF
+    return -(-(width + BIAS_PARTS) // machine.PRODUCT_WIDTH) * machine.PRODUCT_WIDTH

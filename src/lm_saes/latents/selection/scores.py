@@ -12,10 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lm_saes.latents.codes import Pattern
-from lm_saes.latents.offsets import offsets_of_lengths, offsets_of_rows, places_of_columns
-from lm_saes.latents.selection.search import Search
-
 
 @dataclass(frozen=True, eq=False)
 class Scores:
@@ -27,11 +23,6 @@ class Scores:
     b_F: Tensor
     scale_F: Tensor | None
     """None: 1."""
-
-    @property
-    def n_latents(self) -> int:
-        """Number of latents."""
-        return len(self.b_F)
 
     def of(self, tokens: Tensor) -> Scores:
         """Those of some tokens."""
@@ -59,10 +50,8 @@ class BatchScores(ABC):
     """Latents of a site."""
     device: torch.device
 
-    @property
-    def plain(self) -> Sequence[Scores]:
-        """Those of each site, where they are nothing but products with weights of its own; else none."""
-        return ()
+    plain: Sequence[Scores] = ()
+    """Those of each site, where they are nothing but products with weights of its own; else none."""
 
     @abstractmethod
     def blocks(self) -> Iterator[tuple[slice, Block]]:
@@ -85,40 +74,3 @@ class Found:
     product_E: Tensor
     """`x W` without the bias."""
     gate_E: Tensor | None = None
-
-    def pattern(self, n_latents: int) -> Pattern:
-        """Where they are, among so many latents (of all sites)."""
-        return Pattern(self.indices, offsets_of_lengths(self.lengths), n_latents)
-
-
-def look(block: Block, search: Search, tokens: slice) -> Found:
-    """Read one block at the candidates of a search."""
-    n_tokens, n_sites, n_latents = block.s_BSF.shape
-    per_token = search.rows.per_token
-    width = n_sites * n_latents // per_token
-    candidates = search.candidates(block.s_BSF.view(n_tokens * per_token, -1), search.rows.of(tokens))
-    if candidates.dtype == torch.bool:
-        flat = candidates.view(-1).nonzero().squeeze(1)
-        lengths = candidates.view(-1, n_latents).sum(1)
-    elif candidates.ndim == 1 or per_token < n_sites:
-        flat = candidates if candidates.ndim == 1 else places_of_columns(candidates.sort(1).values, width)
-        offsets = offsets_of_rows(flat // n_latents, n_tokens * n_sites)
-        lengths = offsets[1:] - offsets[:-1]
-    else:
-        flat = places_of_columns(candidates, width)
-        lengths = torch.full((n_tokens * n_sites,), candidates.shape[1], device=candidates.device)
-    indices = flat % (n_sites * n_latents)
-    shared = block.product_BSF.shape[1] < n_sites
-    source = flat // (n_sites * n_latents) * n_latents + flat % n_latents if shared else flat
-    product_E = block.product_BSF.reshape(-1).index_select(0, source)
-    gate_E = None if block.gate_BSF is None else block.gate_BSF.reshape(-1).index_select(0, source)
-    return Found(lengths, indices.to(torch.int32), block.s_BSF.view(-1).index_select(0, flat), product_E, gate_E)
-
-
-def joined(found: Sequence[Found]) -> Found:
-    """The candidates of all blocks."""
-    lengths, indices, s_E, product_E = (
-        torch.cat(parts) for parts in zip(*((f.lengths, f.indices, f.s_E, f.product_E) for f in found), strict=True)
-    )
-    gates = [f.gate_E for f in found if f.gate_E is not None]
-    return Found(lengths, indices, s_E, product_E, torch.cat(gates) if gates else None)

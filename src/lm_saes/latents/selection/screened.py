@@ -16,37 +16,10 @@ import torch
 from torch import Tensor
 
 from lm_saes import machine
-from lm_saes.latents.products import cpu_computes_in, product_dtype
 from lm_saes.latents.selection.bits import above_in_blocks, largest
 from lm_saes.latents.selection.bounds import Bounds, loosened
 from lm_saes.latents.selection.full import top_in_full
 from lm_saes.latents.selection.scores import Scores
-
-PROBE_ROWS = 128
-"""So many tokens are tried first."""
-WORTH_WHILE = 0.05
-"""Screening goes on if it fails for no more than this share of them."""
-CANDIDATES = (1.5, 1.75, 2.5, 4.5)
-"""So many times the entries that a token keeps are computed exactly: the first that is enough."""
-BATCH_CANDIDATES = 1.5
-"""So many times the entries that a batch keeps are computed exactly."""
-LARGE = 1 << 28
-"""Multiplications of a product that is worth screening."""
-FEWEST_TOKENS = 512
-"""Rounding the weights costs as much as the product of half as many tokens."""
-
-
-def screening_pays(x_ND: Tensor, n_latents: int, k: int) -> bool:
-    """Whether to try: float32 on a processor with faster half precision, and enough to multiply."""
-    return (
-        x_ND.device.type == "cpu"
-        and not machine.waits_cost(x_ND.device)
-        and product_dtype(x_ND) == x_ND.dtype == torch.float32
-        and len(x_ND) >= FEWEST_TOKENS
-        and len(x_ND) * x_ND.shape[1] * n_latents >= LARGE
-        and 16 * k <= n_latents
-        and cpu_computes_in(torch.bfloat16)
-    )
 
 
 def top_screened(scores: Scores, k: int) -> tuple[Tensor, Tensor] | None:
@@ -58,12 +31,13 @@ def top_screened(scores: Scores, k: int) -> tuple[Tensor, Tensor] | None:
     for tokens in bounds.blocks():
         x_BD, bounds_BF = scores.x_ND[tokens], bounds.of(tokens)
         if not found:
-            enough = _enough(bounds, x_BD[:PROBE_ROWS], bounds_BF[:PROBE_ROWS], k)
+            first, rest = slice(0, machine.SCREENING_PROBE_TOKENS), slice(machine.SCREENING_PROBE_TOKENS, None)
+            enough = _enough(bounds, x_BD[first], bounds_BF[first], k)
             if enough is None:
                 return None
             n_candidates, tried = enough
-            found.append(_look_again(tried, bounds, x_BD[:PROBE_ROWS], bounds_BF[:PROBE_ROWS], k))
-            x_BD, bounds_BF = x_BD[PROBE_ROWS:], bounds_BF[PROBE_ROWS:]
+            found.append(_look_again(tried, bounds, x_BD[first], bounds_BF[first], k))
+            x_BD, bounds_BF = x_BD[rest], bounds_BF[rest]
         if len(x_BD):
             found.append(_look_again(_top(bounds, x_BD, bounds_BF, k, n_candidates), bounds, x_BD, bounds_BF, k))
     columns_Nk, products_Nk = torch.cat([f.columns_Bk for f in found]), torch.cat([f.products_Bk for f in found])
@@ -83,10 +57,10 @@ class _Screened:
 
 def _enough(bounds: Bounds, x_BD: Tensor, bounds_BF: Tensor, k: int) -> tuple[int, _Screened] | None:
     """How many candidates are enough for nearly all of these tokens, and what they find; None: not even the most."""
-    for excess in CANDIDATES:
+    for excess in machine.SCREENING_CANDIDATES:
         n_candidates = min(int(excess * k), bounds_BF.shape[1])
         found = _top(bounds, x_BD, bounds_BF, k, n_candidates)
-        if float(found.proven_B.float().mean()) >= 1 - WORTH_WHILE:
+        if float(found.proven_B.float().mean()) >= 1 - machine.SCREENING_MOST_FAILURES:
             return n_candidates, found
     return None
 
@@ -95,7 +69,7 @@ def _look_again(found: _Screened, bounds: Bounds, x_BD: Tensor, bounds_BF: Tenso
     """What was found, with the most candidates where it is not proven."""
     rest_X = (~found.proven_B).nonzero().squeeze(1)
     if len(rest_X):
-        most = min(int(CANDIDATES[-1] * k), bounds_BF.shape[1])
+        most = min(int(machine.SCREENING_CANDIDATES[-1] * k), bounds_BF.shape[1])
         better = _top(bounds, x_BD[rest_X], bounds_BF[rest_X], k, most)
         found.columns_Bk[rest_X], found.products_Bk[rest_X] = better.columns_Bk, better.products_Bk
         found.proven_B[rest_X] = better.proven_B
@@ -121,9 +95,10 @@ def batch_screened(scores: Scores, n: int) -> tuple[Tensor, Tensor, Tensor, Tens
     Their rows and columns, by row, `x W` and `s` there, all `[E]`. None if this cannot be shown. Everything float32,
     on a CPU.
     """
-    bounds, n_tokens, n_latents = Bounds(scores), len(scores.x_ND), scores.n_latents
+    bounds, n_tokens, n_latents = Bounds(scores), len(scores.x_ND), len(scores.b_F)
+    wanted = machine.SCREENING_BATCH_CANDIDATES * n
     flat_E, _, floor = above_in_blocks(
-        (tokens.start, bounds.of(tokens), int(BATCH_CANDIDATES * n * (tokens.stop - tokens.start) / n_tokens))
+        (tokens.start, bounds.of(tokens), int(wanted * (tokens.stop - tokens.start) / n_tokens))
         for tokens in bounds.blocks()
     )
     rows_E, columns_E = flat_E // n_latents, flat_E % n_latents

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +18,40 @@ from torch import Tensor
 from lm_saes.axes.axis import Axes
 from lm_saes.latents.codes import Pattern
 from lm_saes.latents.kernels.plain import top_columns
-from lm_saes.latents.selection.wants import Above, BestPerToken, Judged, Rows
+from lm_saes.latents.selection.wants import Above, BestPerToken, Judged, Want
+
+W = TypeVar("W", bound=Want)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of a batch that selection compares: tokens, or (token, site) where each site selects for itself."""
+
+    n_tokens: int
+    n_sites: int = 1
+    joined: bool = False
+    """Whether a row is a token with the latents of all its sites side by side."""
+    mask: Tensor | None = None
+    """Which tokens count, bool `[tokens]`; None: all."""
+
+    @property
+    def per_token(self) -> int:
+        """How many rows belong to one token."""
+        return 1 if self.joined else self.n_sites
+
+    @property
+    def n(self) -> int:
+        """How many rows there are."""
+        return self.n_tokens * self.per_token
+
+    @cached_property
+    def mask_N(self) -> Tensor | None:
+        """Which rows count."""
+        return self.mask if self.mask is None or self.per_token == 1 else self.mask.repeat_interleave(self.per_token)
+
+    def of(self, tokens: slice) -> slice:
+        """The rows of some tokens."""
+        return slice(tokens.start * self.per_token, tokens.stop * self.per_token)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,14 +71,14 @@ class Chosen:
         return v if self.places is None else v.index_select(0, self.places)
 
 
-class Search(ABC):
+class Search(ABC, Generic[W]):
     """A search through one batch. The patterns that it is shown have a row for each (token, site)."""
 
     even_sites = False
     """Whether it ends with as many entries of each site as of every other."""
 
-    def __init__(self, rows: Rows, axes: Axes) -> None:
-        self.rows, self.axes = rows, axes
+    def __init__(self, want: W, rows: Rows, axes: Axes) -> None:
+        self.want, self.rows, self.axes = want, rows, axes
 
     @property
     def threshold(self) -> tuple[Tensor | None, float]:
@@ -70,12 +105,12 @@ class Search(ABC):
         """The definition: bool `[N, F]`, which entries of the whole batch are active."""
 
 
-class SearchByToken(Search):
+class SearchByToken(Search[BestPerToken]):
     """For the largest of each row."""
 
     def __init__(self, want: BestPerToken, rows: Rows, axes: Axes) -> None:
-        super().__init__(rows, axes)
-        self.want, self.even_sites = want, not rows.joined
+        super().__init__(want, rows, axes)
+        self.even_sites = not rows.joined
 
     def candidates(self, s_BF: Tensor, rows: slice) -> Tensor:
         return top_columns(s_BF, min(self.want.k, s_BF.shape[1]))
@@ -92,12 +127,8 @@ class SearchByToken(Search):
         return torch.zeros_like(s_NF, dtype=torch.bool).scatter_(1, columns_NC, best_NC)
 
 
-class SearchByThreshold(Search):
+class SearchByThreshold(Search[Above]):
     """For what exceeds the threshold of its latent, and while thresholds learn for what lies in their windows."""
-
-    def __init__(self, want: Above, rows: Rows, axes: Axes) -> None:
-        super().__init__(rows, axes)
-        self.want = want
 
     @property
     def threshold(self) -> tuple[Tensor | None, float]:
@@ -122,12 +153,8 @@ class SearchByThreshold(Search):
         return s_NF > (0 if self.want.theta is None else self.want.theta.to(s_NF.dtype))
 
 
-class SearchByRule(Search):
+class SearchByRule(Search[Judged]):
     """For what a rule marks."""
-
-    def __init__(self, want: Judged, rows: Rows, axes: Axes) -> None:
-        super().__init__(rows, axes)
-        self.want = want
 
     def candidates(self, s_BF: Tensor, rows: slice) -> Tensor:
         return self.want.rule(s_BF, rows)

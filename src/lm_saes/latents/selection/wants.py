@@ -15,37 +15,6 @@ from torch import Tensor
 from lm_saes.latents.selection.thresholds import in_units_of_h
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """The rows of a batch that selection compares: tokens, or (token, site) where each site selects for itself."""
-
-    n_tokens: int
-    n_sites: int = 1
-    joined: bool = False
-    """Whether a row is a token with the latents of all its sites side by side."""
-    mask: Tensor | None = None
-    """Which tokens count, bool `[tokens]`; None: all."""
-
-    @property
-    def per_token(self) -> int:
-        """How many rows belong to one token."""
-        return 1 if self.joined else self.n_sites
-
-    @property
-    def n(self) -> int:
-        """How many rows there are."""
-        return self.n_tokens * self.per_token
-
-    @cached_property
-    def mask_N(self) -> Tensor | None:
-        """Which rows count."""
-        return self.mask if self.mask is None or self.per_token == 1 else self.mask.repeat_interleave(self.per_token)
-
-    def of(self, tokens: slice) -> slice:
-        """The rows of some tokens."""
-        return slice(tokens.start * self.per_token, tokens.stop * self.per_token)
-
-
 @dataclass(frozen=True)
 class BestPerToken:
     """The `k` largest `s` of each row; active are those of them that exceed `least`, which is not below 0."""
@@ -87,7 +56,7 @@ class Above:
 
     k = None
 
-    @property
+    @cached_property
     def theta(self) -> Tensor | None:
         """The thresholds of a row, in the units of `s`."""
         return None if self.log_theta is None else self.log_theta.detach().exp().view(-1)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lm_saes import machine
 from lm_saes.latents.kernels import plain, sparse_adam, top_of_product
 from lm_saes.training.optim import SparseAdam
 
@@ -21,7 +22,7 @@ def test_selection_by_hand() -> None:
 def test_selection_is_that_of_one_topk(
     n_rows: int, n_latents: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plain, "CACHED_BYTES", 5000)  # a few rows at a time
+    monkeypatch.setattr(machine, "CORE_CACHE_BYTES", 5000)  # a few rows at a time
     draw = torch.Generator().manual_seed(n_latents)
     product = torch.randn(n_rows, n_latents, generator=draw).to(dtype)
     scale, shift = torch.rand(n_latents, generator=draw), torch.randn(n_latents, generator=draw)
@@ -47,7 +48,7 @@ def test_sparse_adam_by_hand() -> None:
 
 
 def test_sparse_adam_is_the_optimizer_without_its_dense_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plain, "CACHED_BYTES", 1000)  # a few rows at a time
+    monkeypatch.setattr(machine, "CORE_CACHE_BYTES", 1000)  # a few rows at a time
     draw = torch.Generator().manual_seed(0)
     dense = torch.nn.Parameter(torch.randn(50, 6, generator=draw, dtype=torch.float64))
     optimizer = SparseAdam([dense], lr=0.01, betas=(0.9, 0.99))
@@ -110,7 +111,7 @@ def test_rows_that_are_read_often_are_summed_some_columns_at_a_time(
     rows_E = torch.repeat_interleave(torch.arange(13), (offsets[1:] - offsets[:-1]).long())
     by_hand = torch.zeros(13, 37).index_add_(0, rows_E, weights_E[:, None] * table_XD[indices_E.long()])
     torch.testing.assert_close(whole, by_hand)
-    monkeypatch.setattr(plain, "CACHED_BYTES", table_XD.nbytes // parts)
+    monkeypatch.setattr(machine, "CORE_CACHE_BYTES", table_XD.nbytes // parts)
     widths = list[int]()
     embedding_bag = plain.nnf.embedding_bag
 

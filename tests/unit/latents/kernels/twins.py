@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lm_saes import machine
 from lm_saes.latents.codes import Pattern
-from lm_saes.latents.kernels import cuda, cuda_selection, plain
+from lm_saes.latents.kernels import cuda, plain
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -155,8 +156,8 @@ def test_weights_may_be_finer_than_the_table() -> None:
 
 
 def test_many_entries_make_chunks_grow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "CHUNK", 2)
-    monkeypatch.setattr(cuda, "MOST_CHUNKS", 10)  # 77 entries: chunks of 8
+    monkeypatch.setattr(machine, "CHUNK_ENTRIES", 2)
+    monkeypatch.setattr(machine, "MOST_CHUNKS", 10)  # 77 entries: chunks of 8
     e = entries(Shape("", (30, 8, 9, 0, 1, 29), 6, 3))
     want = plain.gather_sum(e.weights, e.indices, e.offsets, e.table)
     torch.testing.assert_close(cuda.gather_sum(e.weights, e.indices, e.offsets, e.table), want)
@@ -230,7 +231,7 @@ def test_top_of_product_in_other_types(product: torch.dtype, shift: torch.dtype)
 
 
 def test_the_groups_are_grouped_where_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_selection, "MANY_GROUPS", 20)
+    monkeypatch.setattr(machine, "MANY_GROUPS", 20)
     check_selection(Selection("", 3, 16 * 16 * 9 + 5, 2), True, torch.float32, torch.float32)
 
 
