@@ -16,7 +16,7 @@ from lm_saes.axes.axis import ALONE, Axes, Axis
 from lm_saes.latents.record import Record
 
 
-class HookPoints(Protocol):
+class MeasuredSettings(Protocol):
     """Of a dictionary's settings, what metrics ask for."""
 
     @property
@@ -25,7 +25,7 @@ class HookPoints(Protocol):
         ...
 
 
-class Thresholds(Protocol):
+class MeasuredActivation(Protocol):
     """Of an activation function, what metrics ask for."""
 
     @property
@@ -45,7 +45,7 @@ class Measured(Protocol):
     """Whether each latent has an encoder direction."""
 
     @property
-    def cfg(self) -> HookPoints:
+    def cfg(self) -> MeasuredSettings:
         """Its settings."""
         ...
 
@@ -55,7 +55,7 @@ class Measured(Protocol):
         ...
 
     @property
-    def activation_function(self) -> Thresholds:
+    def activation_function(self) -> MeasuredActivation:
         """What makes latents of pre-activations."""
         ...
 

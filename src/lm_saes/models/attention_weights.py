@@ -121,7 +121,7 @@ def attention_weights(model: LanguageModel, layer: int) -> AttentionWeights:
         )
     if not 0 <= layer < model.n_layers:
         raise ConfigError(f"model_layer={layer}: the model has layers 0 to {model.n_layers - 1}")
-    config = model._model.config.get_text_config()
+    config = model.module.config.get_text_config()
     known = _READERS.get(config.model_type)
     if known is None:
         raise NotImplementedError(
@@ -129,8 +129,8 @@ def attention_weights(model: LanguageModel, layer: int) -> AttentionWeights:
         )
     layout = LAYOUTS[config.model_type]
     block = f"{layout.blocks}.{layer}"
-    attention = model._model.get_submodule(f"{block}.{known.attention}")
-    norm = dict(model._model.get_submodule(f"{block}.{layout.ln1}").named_parameters())
+    attention = model.module.get_submodule(f"{block}.{known.attention}")
+    norm = dict(model.module.get_submodule(f"{block}.{layout.ln1}").named_parameters())
     found = known.read(attention, config)
     return replace(
         _mapped(found, lambda t: t.detach().float()),

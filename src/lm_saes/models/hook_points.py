@@ -115,7 +115,7 @@ LAYOUTS: Mapping[str, Layout] = {
 
 
 @dataclass(frozen=True)
-class Site:
+class HookLocation:
     """One hook point of one loaded model."""
 
     name: str
@@ -212,17 +212,17 @@ class HookPoints:
     def __init__(self, model: nn.Module, model_config: Any) -> None:
         self._model_type: str = model_config.model_type
         self._modules = dict(model.named_modules())
-        self._named: dict[str, Site] = {}
+        self._named: dict[str, HookLocation] = {}
         self._layout = layout = LAYOUTS.get(self._model_type)
         if layout is None:
             return
-        self._named["hook_embed"] = Site("hook_embed", self._modules[layout.embed], "output")
+        self._named["hook_embed"] = HookLocation("hook_embed", self._modules[layout.embed], "output")
         places = layout.places(model_config)
         for i in range(model_config.num_hidden_layers):
             for suffix, (path, part) in places.items():
                 name = f"blocks.{i}.{suffix}"
                 module = self._modules[".".join(filter(None, (layout.blocks, str(i), path)))]
-                self._named[name] = Site(name, module, part, layout.norm_weight_offset)
+                self._named[name] = HookLocation(name, module, part, layout.norm_weight_offset)
 
     @property
     def names(self) -> list[str]:
@@ -250,7 +250,7 @@ class HookPoints:
             [f"blocks.{layer}.hook_mlp_out", *paths[1:]],
         )
 
-    def find(self, name: str) -> Site:
+    def find(self, name: str) -> HookLocation:
         """The place called `name`, a TransformerLens name or a module's path.
 
         Raises:
@@ -259,7 +259,7 @@ class HookPoints:
         if name in self._named:
             return self._named[name]
         if name and name in self._modules:
-            return Site(name, self._modules[name], "output")
+            return HookLocation(name, self._modules[name], "output")
         near = difflib.get_close_matches(name, [*self._named, *filter(None, self._modules)], n=3)
         if near:
             remedy = f"near names: {', '.join(near)}"

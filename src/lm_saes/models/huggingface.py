@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from torch import Tensor
 
 from lm_saes.models.base import LanguageModelConfig
-from lm_saes.models.hook_points import Edit, HookPoints, MLPParts, Site
+from lm_saes.models.hook_points import Edit, HookLocation, HookPoints, MLPParts
 from lm_saes.models.pretrained import PretrainedLanguageModel
 
 
@@ -19,7 +19,7 @@ class HuggingFaceLanguageModel(PretrainedLanguageModel):
         super().__init__(cfg)
         self._hook_points = HookPoints(self._model, self._model.config.get_text_config())
 
-    def _find(self, hook_point: str) -> Site:
+    def _find(self, hook_point: str) -> HookLocation:
         return self._hook_points.find(hook_point)
 
     def _hooked(self, edits: Mapping[str, Edit]) -> ExitStack:

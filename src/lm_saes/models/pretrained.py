@@ -49,6 +49,11 @@ class PretrainedLanguageModel(LanguageModel):
         self._widths: dict[str, int] = {}
         self._one_pass_at_a_time = Lock()  # hooks belong to a pass: another thread's pass must not meet them
 
+    @property
+    def module(self) -> Any:
+        """The model itself, as `transformers` made it."""
+        return self._model
+
     # -- what a backend gives ------------------------------------------------------------------------------------------
 
     @abstractmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from lm_saes.parallel.axis import SharedAxis
 from lm_saes.parallel.launch import join, n_started
 
 DATA, HEAD, MODEL = "data", "head", "model"
+_AXES = "lm_saes_axes"
 
 
 def start(data: int, model: int, head: int = 1, device_type: str = "cpu") -> DeviceMesh:
@@ -47,13 +47,22 @@ def start(data: int, model: int, head: int = 1, device_type: str = "cpu") -> Dev
     return init_device_mesh(device_type, tuple(sizes[name] for name in names), mesh_dim_names=names)
 
 
-@cache
 def axes_of(mesh: DeviceMesh) -> Axes:
     """The axes of a mesh with some of the dimensions `"data"`, `"head"` and `"model"`.
 
+    They are made once and kept by the mesh: every process has to take part in making their groups.
+
     Raises:
-        ConfigError: it has others.
+        ConfigError: it has other dimensions.
     """
+    kept: Axes | None = getattr(mesh, _AXES, None)
+    if kept is None:
+        kept = _make_axes(mesh)
+        setattr(mesh, _AXES, kept)
+    return kept
+
+
+def _make_axes(mesh: DeviceMesh) -> Axes:
     names = getattr(mesh, "mesh_dim_names", None)
     if not names or set(names) - {DATA, HEAD, MODEL}:
         raise ConfigError(

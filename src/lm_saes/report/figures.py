@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lm_saes.report.run import Run
+from lm_saes.report.saved_run import SavedRun
 
 BLUE, ORANGE, TEAL, ROSE, GREY = "#4477d8", "#e08a2e", "#27a08a", "#c4568f", "#8b94a5"
 MAX_POINTS = 1500
@@ -32,7 +32,7 @@ class Chart:
     figure: dict[str, Any]
 
 
-def curve_charts(run: Run) -> list[Chart]:
+def curve_charts(run: SavedRun) -> list[Chart]:
     """Training curves over the steps; a chart without a single point is left out."""
     explained = [
         _line(run, "metrics/explained_variance", "training", BLUE),
@@ -98,7 +98,7 @@ def curve_charts(run: Run) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def frequency_chart(run: Run) -> Chart | None:
+def frequency_chart(run: SavedRun) -> Chart | None:
     """How many latents fire how often, in bins of a tenth of a decade; the silent ones are told in the note."""
     logs = [math.log10(value) for value in run.frequency if value > 0]
     if not logs:
@@ -132,7 +132,7 @@ def frequency_chart(run: Run) -> Chart | None:
     )
 
 
-def downstream_chart(run: Run) -> Chart | None:
+def downstream_chart(run: SavedRun) -> Chart | None:
     """The language model's loss with the activation original, reconstructed and zeroed."""
     parts = ["ablated", "reconstructed", "original"]
     losses = [run.evaluated(f"metrics/downstream_loss_{part}") for part in parts]
@@ -160,7 +160,7 @@ def downstream_chart(run: Run) -> Chart | None:
     )
 
 
-def _line(run: Run, name: str, label: str, colour: str, scale: float = 1.0, dash: str = "solid") -> Any:
+def _line(run: SavedRun, name: str, label: str, colour: str, scale: float = 1.0, dash: str = "solid") -> Any:
     steps, values = run.series(name)
     if not steps:
         return None
@@ -176,7 +176,7 @@ def _line(run: Run, name: str, label: str, colour: str, scale: float = 1.0, dash
     )
 
 
-def _level(run: Run, value: float, label: str) -> Any:
+def _level(run: SavedRun, value: float, label: str) -> Any:
     import plotly.graph_objects as go
 
     steps = [row["step"] for row in run.rows]

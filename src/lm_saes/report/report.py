@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_saes.report.figures import curve_charts, downstream_chart, frequency_chart
-from lm_saes.report.run import Run
+from lm_saes.report.saved_run import SavedRun
 from lm_saes.storage.files import write_text
 
 _TOLD_ELSEWHERE = frozenset({"metrics", "training_metrics", "trainer"})
@@ -36,7 +36,7 @@ def write_report(run_dir: Path) -> Path:
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    run = Run.read(Path(run_dir))
+    run = SavedRun.read(Path(run_dir))
     curves = curve_charts(run)
     evaluation = [chart for chart in (frequency_chart(run), downstream_chart(run)) if chart is not None]
     environment = Environment(
@@ -62,7 +62,7 @@ def write_report(run_dir: Path) -> Path:
     return target
 
 
-def _subtitle(run: Run) -> list[str]:
+def _subtitle(run: SavedRun) -> list[str]:
     """What was trained on what, in a few short phrases."""
     cfg = run.dictionary
     kind = {"sae": "sparse autoencoder"}.get(str(cfg.get("sae_type")), cfg.get("sae_type"))
@@ -81,7 +81,7 @@ def _subtitle(run: Run) -> list[str]:
     return [phrase for phrase in phrases if phrase]
 
 
-def _cards(run: Run) -> list[Card]:
+def _cards(run: SavedRun) -> list[Card]:
     """The headline numbers: held out where an evaluation exists, else the last training report's."""
     cards = []
     n_evaluated = run.evaluated("details/n_evaluated_tokens")
@@ -116,7 +116,7 @@ def _cards(run: Run) -> list[Card]:
     return cards
 
 
-def _training_seconds(run: Run) -> float:
+def _training_seconds(run: SavedRun) -> float:
     """Time spent training, from the tokens and the rate of each report: pauses of a resumed run do not count."""
     seconds, before = 0.0, 0.0
     for row in run.rows:
@@ -170,7 +170,7 @@ def _runs(pieces: list[tuple[str, float, float]]) -> list[tuple[str, float, floa
     return runs
 
 
-def _tables(run: Run) -> list[dict[str, Any]]:
+def _tables(run: SavedRun) -> list[dict[str, Any]]:
     """The collapsible tables: titles and (name, value) rows."""
     final = {name: value for row in run.rows for name, value in row.items() if name not in ("step", "time")}
     parts = [

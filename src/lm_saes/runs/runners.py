@@ -35,7 +35,7 @@ from lm_saes.parallel.launch import alone, joined, n_started, note_begun, was_be
 from lm_saes.parallel.mesh import DeviceMesh, axes_of
 from lm_saes.parallel.mesh import start as start_mesh
 from lm_saes.report.report import write_report
-from lm_saes.report.run import Run
+from lm_saes.report.saved_run import SavedRun
 from lm_saes.runs.preflight import check_first_batch, check_run
 from lm_saes.runs.settings import (
     EvaluateSAESettings,
@@ -242,7 +242,7 @@ def evaluate_sae(settings: EvaluateSAESettings) -> dict[str, float]:
     _check_finite(sae, settings.sae)
     is_run = (settings.sae / "metrics.jsonl").exists()
     if is_run:
-        Run.read(settings.sae)  # what is wrong with it is told before anything is measured
+        SavedRun.read(settings.sae)  # what is wrong with it is told before anything is measured
         check_writable(settings.sae, "sae")
     saved = settings.sae / "settings.json"
     own = read_document(saved) if saved.exists() else {}

@@ -12,7 +12,7 @@ from lm_saes.errors import DataError
 
 
 @dataclass(frozen=True)
-class Run:
+class SavedRun:
     """The files of a finished or running training run; a file that is absent is empty here."""
 
     path: Path
@@ -27,7 +27,7 @@ class Run:
     provenance: dict[str, Any]
 
     @classmethod
-    def read(cls, path: Path) -> Run:
+    def read(cls, path: Path) -> SavedRun:
         """Read a run directory.
 
         Raises:
