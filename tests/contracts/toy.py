@@ -74,6 +74,7 @@ class Tied(LinearlyEncoded):
     def init_parameters(self, *, encoder_uniform_bound: float, decoder_uniform_bound: float,
                         init_log_jumprelu_threshold_value: float | None = None) -> None:  # fmt: skip
         self.draw_uniform(self.W, decoder_uniform_bound)
+        self.gain.fill_(1)
         self.init_thresholds(init_log_jumprelu_threshold_value)
 
     def dim_maps(self) -> dict[str, dict[str, int]]:
