@@ -16,9 +16,6 @@ ELSEWHERE = {
     ("parallel/launch.py", "_exit"): "documented by os, underscore and all",
 }
 NOT_YET = {
-    "latents/gradients/deferred.py",
-    "latents/encode/dense.py",
-    "latents/kernels/plain.py",
     "training/optim.py",
     "training/update.py",
     "parallel/sharding.py",

@@ -20,6 +20,7 @@ from lm_saes.latents.products import add_product, product, product_dtype
 from lm_saes.latents.selection.scores import Scores
 from lm_saes.latents.selection.thresholds import threshold_gradient
 from lm_saes.latents.selection.wants import Above
+from lm_saes.torch_private import zero_where_inactive_
 
 
 def encode_dense(scores: Scores, want: Above, mask_N: Tensor | None) -> BlockwiseCode:
@@ -90,7 +91,7 @@ class _Encode(torch.autograd.Function):
                 h_JN, low_J1, high_J1 = h_FN[some], low_F[some, None], high_F[some, None]
                 within_JN = torch.gt(h_JN, low_J1, out=one_JN).mul_(torch.lt(h_JN, high_J1, out=other_JN))
                 torch.mv(within_JN.mul_(g_JN), ones_N, out=window_F[some])
-            torch.ops.aten.threshold_backward.grad_input(g_JN, f_FN[some], 0, grad_input=g_JN)  # 0 where inactive
+            zero_where_inactive_(g_JN, f_FN[some])
             sums.add(some, gather(g_JN, some, dh_NF, hidden_recipes, fresh=False))
         dtheta = threshold_gradient(window_F[None], log_theta, scale_F, ctx.window) if windowed else None
         return sums.dx_ND, sums.dW_FD.T, sums.db_F, dtheta, *[None] * 5

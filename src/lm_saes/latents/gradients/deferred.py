@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
+
+from lm_saes.torch_private import backward_pass
 
 Recipe = Callable[[slice, Tensor], None]
 """Adds a consumer's gradient of some latents to their block `[J, N]`, in place."""
@@ -24,14 +25,10 @@ class Deferred:
 
     def add(self, recipe: Recipe) -> None:
         """Leave a recipe; to be called in a consumer's backward pass."""
-        self._recipes.append((_backward_pass(), recipe))
+        self._recipes.append((backward_pass(), recipe))
 
     def take(self) -> list[Recipe]:
         """The recipes left in this backward pass (not in an earlier one that never reached the producer)."""
-        now, recipes = _backward_pass(), self._recipes
+        now, recipes = backward_pass(), self._recipes
         self._recipes = []
         return [recipe for when, recipe in recipes if when == now]
-
-
-def _backward_pass() -> int:
-    return torch._C._current_graph_task_id()

@@ -11,6 +11,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from lm_saes import machine
+from lm_saes.torch_private import fused_adam_, row_dots
 
 
 def gather_sum(weights_E: Tensor, indices_E: Tensor, offsets: Tensor, table_XD: Tensor) -> Tensor:
@@ -34,9 +35,7 @@ def row_dot(left_ND: Tensor, table_FD: Tensor, rows_E: Tensor, indices_E: Tensor
     """`out[e] = <left[rows[e]], table[indices[e]]>` without gathering `[E, D]` tensors."""
     if indices_E.numel() == 0:
         return left_ND.new_zeros(0)
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        left_ND, table_FD, indices_E, offsets[:-1], rows_E, 0
-    )
+    return row_dots(left_ND, table_FD, rows_E, indices_E, offsets)
 
 
 def transpose(indices_E: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
@@ -116,8 +115,7 @@ def sparse_adam(
     if 2 * len(rows_R) < len(p_FD) and p_FD.dtype.itemsize >= 4:
         return _sparse_adam_of_few(p_FD, m_FD, v_FD, grad_RD, rows_R, order_R, lr, beta1, beta2, eps, step)
     # torch's Adam adds eps after the bias correction: scaled by it, that is the same update
-    settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps / (1 - beta2**step) ** 0.5,
-                "weight_decay": 0.0, "amsgrad": False, "maximize": False}  # fmt: skip
+    eps /= (1 - beta2**step) ** 0.5
     steps = torch.full((), step, dtype=torch.float32, device=p_FD.device)
     n_rows = _rows_at_once(p_FD, 5 * p_FD.element_size() * p_FD.shape[1])
     blocks = list(zip(*(x.split(n_rows) for x in (p_FD, m_FD, v_FD)), strict=True))
@@ -131,7 +129,7 @@ def sparse_adam(
             g = torch.zeros_like(p).index_copy_(0, rows, given)
             kept = torch.ones_like(g[:, 0], dtype=torch.bool).index_fill_(0, rows, False).nonzero().squeeze(1)
         before = p.clone() if some_zero else p.index_select(0, kept)
-        torch.ops.aten._fused_adam_([p], [g], [m], [v], [], [steps], **settings)
+        fused_adam_(p, g, m, v, steps, lr=lr, beta1=beta1, beta2=beta2, eps=eps)
         if some_zero:
             torch.where(g == 0, before, p, out=p)
         else:
