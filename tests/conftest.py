@@ -48,3 +48,26 @@ def lm_saes_command(
         return int(ended.value.code or 0), out, err
 
     return run
+
+
+@pytest.fixture
+def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers by defining it is gone after it."""
+    from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
+    from lm_saes.dictionaries.config import BaseSAEConfig
+    from lm_saes.latents.activations import ActivationFunction
+    from lm_saes.losses import sparsity
+    from lm_saes.metrics import Metric
+    from lm_saes.runs.settings import TrainSettings
+
+    BaseSAEConfig.kind("sae")  # imports all kinds, which stay
+    registries = [
+        (ActivationFunction, "registry"),
+        (AbstractSparseAutoEncoder, "kinds"),
+        (BaseSAEConfig, "registry"),
+        (TrainSettings, "kinds"),
+        (sparsity, "SPARSITY_LOSSES"),
+    ]
+    for owner, name in registries:
+        monkeypatch.setattr(owner, name, dict(getattr(owner, name)))
+    monkeypatch.setattr(Metric, "registry", list(Metric.registry))

@@ -29,7 +29,6 @@ from lm_saes.latents.selection.wants import BestOfBatch, BestPerToken, Judged
 from lm_saes.losses import sparsity
 from lm_saes.losses.settings import LossSettings
 from lm_saes.runs.runners import train_settings_class
-from lm_saes.runs.settings import TrainSettings
 from lm_saes.trainer import Trainer, TrainerConfig
 
 from . import toy
@@ -37,14 +36,7 @@ from . import toy
 HOOK = "blocks.0.hook_resid_post"
 
 
-@pytest.fixture(autouse=True)
-def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is gone after it."""
-    monkeypatch.setattr(ActivationFunction, "registry", dict(ActivationFunction.registry))
-    monkeypatch.setattr(AbstractSparseAutoEncoder, "kinds", dict(AbstractSparseAutoEncoder.kinds))
-    monkeypatch.setattr(BaseSAEConfig, "registry", dict(BaseSAEConfig.registry))
-    monkeypatch.setattr(TrainSettings, "kinds", dict(TrainSettings.kinds))
-    monkeypatch.setattr(sparsity, "SPARSITY_LOSSES", dict(sparsity.SPARSITY_LOSSES))
+pytestmark = pytest.mark.usefixtures("own_registries")
 
 
 def batches(n: int) -> list[dict[str, Any]]:

@@ -109,11 +109,17 @@ def test_every_block_says_what_it_is() -> None:
     [pytest.param(b, marks=pytest.mark.long if "long" in b.info.split() else ()) for b in of_language("python")],
     ids=str,
 )
-def test_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_registries: None) -> None:
     """A block that takes minutes is fenced as `python long` and runs with the long tests."""
     monkeypatch.chdir(tmp_path)
     code = compile("\n" * block.line + block.text, str(block.page), "exec")
     exec(code, {"__name__": "__main__"})
+
+
+def test_the_kind_that_is_shown_is_the_one_that_is_tested() -> None:
+    shown = next(block for block in blocks_of(ROOT / "docs" / "EXTENDING.md") if "class Tied(" in block.text)
+    tested = (ROOT / "tests" / "contracts" / "toy.py").read_text(encoding="utf-8")
+    assert tested.endswith(shown.text) and shown.text.startswith("from collections.abc")
 
 
 @pytest.mark.parametrize("block", of_language("toml"), ids=str)
