@@ -198,18 +198,30 @@ def describe(error: ValidationError, data: Any = None) -> str:
     """
     errors = error.errors(include_url=False)
     paths = [item["loc"] if data is None else _path_in(data, item["loc"], item["type"]) for item in errors]
-    first, path = errors[0]["loc"], paths[0]
-    union = next((at for at, part in enumerate(first) if path[at : at + 1] != (part,)), None)
-    members = [0] if union is None else [i for i, item in enumerate(errors) if item["loc"][:union] == first[:union]]
+    members = _members_of_first(errors, paths[0])
     deepest = max((paths[i] for i in members), key=len)
     told = [errors[i] for i in members if paths[i] == deepest]
-    message = "; or ".join(dict.fromkeys(map(_sentence, told)))
-    value = told[0].get("input")
-    quiet = told[0]["type"] in _KINDS_THAT_SHOW_THE_VALUE or (isinstance(value, dict) and value)
-    shown = "" if quiet else f" (got {_shortened(repr(value))})"
+    where = ".".join(map(str, deepest)) + ": " if deepest else ""
     others = len({path for i, path in enumerate(paths) if i not in members})
     more = f"; and {others} more mistake{'s' if others > 1 else ''}" if others else ""
-    return f"{'.'.join(map(str, deepest)) + ': ' if deepest else ''}{message}{shown}{more}"
+    return where + "; or ".join(dict.fromkeys(map(_sentence, told))) + _value_of(told[0]) + more
+
+
+def _members_of_first(errors: Sequence[Any], path: tuple[int | str, ...]) -> list[int]:
+    """Which errors say, each for a member of a union, what the first does; alone where that is of no union.
+
+    `path` is the first error's location without pydantic's names of members.
+    """
+    first = errors[0]["loc"]
+    union = next((at for at, part in enumerate(first) if path[at : at + 1] != (part,)), None)
+    return [0] if union is None else [i for i, item in enumerate(errors) if item["loc"][:union] == first[:union]]
+
+
+def _value_of(item: Any) -> str:
+    """The value that was refused, where the sentence about it does not show it."""
+    value = item.get("input")
+    quiet = item["type"] in _KINDS_THAT_SHOW_THE_VALUE or (isinstance(value, dict) and value)
+    return "" if quiet else f" (got {_shortened(repr(value))})"
 
 
 _KINDS_THAT_SHOW_THE_VALUE = {"value_error", "missing", "union_tag_invalid", "union_tag_not_found"}

@@ -68,9 +68,11 @@ MEMORY_SHARE = 0.8
 """So much of the memory may be taken by caches that are shuffled as a whole."""
 
 
-def memory_bytes() -> int:
-    """How much memory the machine has."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def memory_bytes(device: str = "cpu") -> int:
+    """How much memory the machine, or a CUDA device of it, has."""
+    if device == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return torch.cuda.mem_get_info(device)[1]
 
 
 def keep_freed_memory() -> bool:

@@ -11,7 +11,10 @@ HOME = "torch_private.py"
 HIDDEN_WORDS = {"found_inf"}
 """Attributes that torch looks for without saying so."""
 ELSEWHERE = {
-    ("models/loading.py", "_commit_hash"): "transformers says nowhere else which commit of a model it loaded",
+    (
+        "models/transformers_files.py",
+        "_commit_hash",
+    ): "transformers says nowhere else which commit it loaded",
     ("data/text.py", "_fingerprint"): "datasets says nowhere else what a data set was made from",
     ("parallel/launch.py", "_exit"): "documented by os, underscore and all",
 }

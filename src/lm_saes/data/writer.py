@@ -9,6 +9,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,44 @@ class ActivationWriter:
         return shards.finish(settings)
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """What a row of the cache holds: a token, or a context of tokens."""
+
+    widths: dict[str, int]
+    """Of each hook point's activations."""
+    context_size: int | None
+    """Tokens of a row, where rows are contexts."""
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, cfg: ActivationWriterConfig, first: Batch) -> _Layout:
+        """That of a stream, from its first batch.
+
+        Raises:
+            DataError: the batch lacks a hook point, or is not what it should be.
+        """
+        missing = [name for name in cfg.hook_points if not isinstance(first.get(name), Tensor)]
+        if missing:
+            raise DataError(f"batch: hook point {missing[0]!r} is missing; it has {', '.join(map(repr, first))}")
+        widths = {name: int(first[name].shape[-1]) for name in cfg.hook_points}
+        check_batch(first, widths)
+        return cls(widths, _context_size(first), cfg.dtype or first[cfg.hook_points[0]].dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of a row on disk."""
+        of_token = sum(self.widths.values()) * self.dtype.itemsize + 8
+        return of_token if self.context_size is None else self.context_size * (of_token + 1)
+
+    def room(self, n_rows: int) -> dict[str, Tensor]:
+        """Tensors for so many rows."""
+        shape = (n_rows,) if self.context_size is None else (n_rows, self.context_size)
+        room = {name: torch.empty(*shape, width, dtype=self.dtype) for name, width in self.widths.items()}
+        room["tokens"] = torch.empty(shape, dtype=torch.int64)
+        return room if self.context_size is None else room | {"mask": torch.empty(shape, dtype=torch.bool)}
+
+
 class _Shards:
     """Collects rows in tensors of one shard's size, filled in place, and writes them out."""
 
@@ -138,32 +177,19 @@ class _Shards:
         self._directory = directory
         self._written: list[CacheShard] = []
         self._filled = 0
-        missing = [name for name in cfg.hook_points if not isinstance(first.get(name), Tensor)]
-        if missing:
-            raise DataError(f"batch: hook point {missing[0]!r} is missing; it has {', '.join(map(repr, first))}")
-        self._widths = {name: int(first[name].shape[-1]) for name in cfg.hook_points}
-        check_batch(first, self._widths)
-        self._context_size: int | None = first["tokens"].shape[1] if first["tokens"].ndim == 2 else None
-        self._dtype: torch.dtype = cfg.dtype or first[cfg.hook_points[0]].dtype
-        positions = self._context_size or 1
-        self._row_bytes = positions * (sum(self._widths.values()) * self._dtype.itemsize + 8)
-        self._row_bytes += positions if self._context_size else 0
-        self._size = cfg.n_samples_per_chunk or max(1, _SHARD_BYTES // self._row_bytes)
-        shape = (self._size, self._context_size) if self._context_size else (self._size,)
-        self._held = {name: torch.empty(*shape, width, dtype=self._dtype) for name, width in self._widths.items()}
-        self._held["tokens"] = torch.empty(shape, dtype=torch.int64)
-        if self._context_size:
-            self._held["mask"] = torch.empty(shape, dtype=torch.bool)
+        self._layout = layout = _Layout.of(cfg, first)
+        self._size = cfg.n_samples_per_chunk or max(1, _SHARD_BYTES // layout.row_bytes)
+        self._held = layout.room(self._size)
         if cfg.total_generating_tokens is not None:
-            per_row = _mask(first).sum().item() / first["tokens"].shape[0] if self._context_size else 1
-            self._check_space(int(cfg.total_generating_tokens / per_row * self._row_bytes))
+            per_row = 1 if layout.context_size is None else _mask(first).sum().item() / first["tokens"].shape[0]
+            self._check_space(int(cfg.total_generating_tokens / per_row * layout.row_bytes))
 
     def add(self, batch: Batch) -> None:
-        check_batch(batch, self._widths)
-        tokens = batch["tokens"]
-        if (tokens.shape[1] if tokens.ndim == 2 else None) != self._context_size:
+        check_batch(batch, self._layout.widths)
+        if _context_size(batch) != self._layout.context_size:
             raise DataError(
-                f"batch: 'tokens' has shape {list(tokens.shape)}; the first had contexts of {self._context_size}"
+                f"batch: 'tokens' has shape {list(batch['tokens'].shape)}; the first had contexts of "
+                f"{self._layout.context_size}"
             )
         rows = self._rows(batch)
         start, n = 0, rows["tokens"].shape[0]
@@ -181,9 +207,9 @@ class _Shards:
             self._write()
         return CacheIndex(
             format_version=FORMAT_VERSION,
-            context_size=self._context_size,
-            widths=self._widths,
-            dtype=self._dtype,
+            context_size=self._layout.context_size,
+            widths=self._layout.widths,
+            dtype=self._layout.dtype,
             n_rows=sum(shard.n_rows for shard in self._written),
             n_tokens=self.n_tokens,
             shards=self._written,
@@ -195,7 +221,7 @@ class _Shards:
         """The rows to write: those that count (1D), whole contexts (2D), no more than are still wanted."""
         total = self._cfg.total_generating_tokens
         mask = _mask(batch)
-        counts = mask.sum(-1) if self._context_size else mask.to(torch.int64)
+        counts = mask.sum(-1) if self._layout.context_size else mask.to(torch.int64)
         wanted = counts > 0
         if total is not None:
             wanted &= counts.cumsum(0) - counts < total - self.n_tokens
@@ -207,9 +233,9 @@ class _Shards:
     def _write(self) -> None:
         from safetensors.torch import save
 
-        self._check_space(self._filled * self._row_bytes)
+        self._check_space(self._filled * self._layout.row_bytes)
         tensors = {name: held[: self._filled] for name, held in self._held.items()}
-        n_tokens = int(tensors["mask"].sum()) if self._context_size else self._filled
+        n_tokens = int(tensors["mask"].sum()) if self._layout.context_size else self._filled
         name = f"shard-{len(self._written):05d}.safetensors"
         content = save(tensors)
         with _reporting(self._cfg.cache_dir):
@@ -226,6 +252,11 @@ class _Shards:
                 f"cache_dir={str(self._cfg.cache_dir)!r}: needs {needed / 2**30:.3g} GiB, but the disk has "
                 f"{free / 2**30:.3g} GiB free; lower total_generating_tokens, use a smaller dtype or another disk"
             )
+
+
+def _context_size(batch: Batch) -> int | None:
+    tokens = batch["tokens"]
+    return tokens.shape[1] if tokens.ndim == 2 else None
 
 
 def _mask(batch: Batch) -> Tensor:

@@ -16,7 +16,7 @@ from lm_saes import machine
 from lm_saes.errors import ConfigError, DataError
 from lm_saes.models.base import LanguageModel, LanguageModelConfig
 from lm_saes.models.hook_points import Edit, MLPParts
-from lm_saes.models.loading import available_device, load_model, load_tokenizer, weights_identity
+from lm_saes.models.transformers_files import available_device, load_model, load_tokenizer, weights_identity
 
 _UTF8_LONGEST = 4
 """Bytes of the longest character, so the most tokens that one character can take."""

@@ -34,68 +34,83 @@ class Chart:
 
 def curve_charts(run: SavedRun) -> list[Chart]:
     """Training curves over the steps; a chart without a single point is left out."""
-    explained = [
-        _line(run, "metrics/explained_variance", "training", BLUE),
+    charts = [_losses(run), _explained_variance(run), _l0(run), _dead(run), _learning_rate(run), _throughput(run)]
+    return [chart for chart in charts if chart is not None]
+
+
+def _losses(run: SavedRun) -> Chart | None:
+    return _chart(
+        "losses",
+        "Loss terms",
+        "each already times its coefficient; both axes logarithmic",
+        [
+            _line(run, name, label, colour, dash="dot" if label == "overall" else "solid")
+            for name, label, colour in LOSSES
+            if any(run.series(name)[1])
+        ],
+        yaxis={"type": "log"},
+        xaxis={"type": "log"},
+    )
+
+
+def _explained_variance(run: SavedRun) -> Chart | None:
+    name = "metrics/explained_variance"
+    curves = [
+        _line(run, name, "training", BLUE),
         _line(run, "eval/explained_variance", "held-out", TEAL, dash="dash"),
     ]
-    held_out = run.evaluated("metrics/explained_variance")
-    if held_out is not None and explained[0] and not explained[1]:
-        explained.append(_level(run, held_out, f"held-out: {held_out:.3f}"))
+    held_out = run.evaluated(name)
+    if held_out is not None and curves[0] and not curves[1]:
+        curves.append(_level(run, held_out, f"held-out: {held_out:.3f}"))
+    return _chart(
+        "explained-variance",
+        "Explained variance",
+        "about the mean; step axis logarithmic",
+        curves,
+        xaxis={"type": "log"},
+        yaxis={"range": [max(-0.05, min([0.0, *run.series(name)[1]])), 1.02]},
+    )
+
+
+def _l0(run: SavedRun) -> Chart | None:
+    return _chart(
+        "l0",
+        "L0: active latents per token",
+        "with the k in force, where there is one",
+        [_line(run, "metrics/l0", "L0", BLUE), _line(run, "sparsity/k", "k", GREY, dash="dot")],
+        yaxis={"rangemode": "tozero"},
+    )
+
+
+def _dead(run: SavedRun) -> Chart | None:
     width = run.n_latents
-    charts = [
-        _chart(
-            "losses",
-            "Loss terms",
-            "each already times its coefficient; both axes logarithmic",
-            [
-                _line(run, name, label, colour, dash="dot" if label == "overall" else "solid")
-                for name, label, colour in LOSSES
-                if any(run.series(name)[1])
-            ],
-            yaxis={"type": "log"},
-            xaxis={"type": "log"},
-        ),
-        _chart(
-            "explained-variance",
-            "Explained variance",
-            "about the mean; step axis logarithmic",
-            explained,
-            xaxis={"type": "log"},
-            yaxis={"range": [max(-0.05, min([0.0, *run.series("metrics/explained_variance")[1]])), 1.02]},
-        ),
-        _chart(
-            "l0",
-            "L0: active latents per token",
-            "with the k in force, where there is one",
-            [
-                _line(run, "metrics/l0", "L0", BLUE),
-                _line(run, "sparsity/k", "k", GREY, dash="dot"),
-            ],
-            yaxis={"rangemode": "tozero"},
-        ),
-        _chart(
-            "dead",
-            "Dead latents",
-            "no activation for dead_threshold tokens" + (", percent" if width else ""),
-            [_line(run, "sparsity/dead", "dead", ROSE, scale=100 / width if width else 1.0)],
-            yaxis={"rangemode": "tozero", "ticksuffix": "%" if width else ""},
-        ),
-        _chart(
-            "learning-rate",
-            "Learning rate",
-            "of the default parameter group",
-            [_line(run, "details/current_learning_rate", "learning rate", TEAL)],
-            yaxis={"rangemode": "tozero", "exponentformat": "e"},
-        ),
-        _chart(
-            "throughput",
-            "Throughput",
-            "training tokens per second",
-            [_line(run, "details/tokens_per_second", "tokens/s", ORANGE)],
-            yaxis={"rangemode": "tozero"},
-        ),
-    ]
-    return [chart for chart in charts if chart is not None]
+    return _chart(
+        "dead",
+        "Dead latents",
+        "no activation for dead_threshold tokens" + (", percent" if width else ""),
+        [_line(run, "sparsity/dead", "dead", ROSE, scale=100 / width if width else 1.0)],
+        yaxis={"rangemode": "tozero", "ticksuffix": "%" if width else ""},
+    )
+
+
+def _learning_rate(run: SavedRun) -> Chart | None:
+    return _chart(
+        "learning-rate",
+        "Learning rate",
+        "of the default parameter group",
+        [_line(run, "details/current_learning_rate", "learning rate", TEAL)],
+        yaxis={"rangemode": "tozero", "exponentformat": "e"},
+    )
+
+
+def _throughput(run: SavedRun) -> Chart | None:
+    return _chart(
+        "throughput",
+        "Throughput",
+        "training tokens per second",
+        [_line(run, "details/tokens_per_second", "tokens/s", ORANGE)],
+        yaxis={"rangemode": "tozero"},
+    )
 
 
 def frequency_chart(run: SavedRun) -> Chart | None:

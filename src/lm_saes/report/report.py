@@ -65,52 +65,75 @@ def write_report(run_dir: Path) -> Path:
 def _subtitle(run: SavedRun) -> list[str]:
     """What was trained on what, in a few short phrases."""
     cfg = run.dictionary
-    kind = {"sae": "sparse autoencoder"}.get(str(cfg.get("sae_type")), cfg.get("sae_type"))
     hook_in, hook_out = cfg.get("hook_point_in"), cfg.get("hook_point_out")
-    if kind and hook_in != hook_out:
-        kind = "transcoder"
-    act_fn = cfg.get("act_fn")
-    k = f", k = {cfg['top_k']}" if act_fn and "topk" in act_fn and "top_k" in cfg else ""
-    model = (run.settings.get("model") or {}).get("model_name") or run.settings.get("model_name")
     phrases = [
-        f"{act_fn} {kind}{k}" if act_fn and kind else "",
+        _kind(cfg),
         f"{cfg['d_model']:,} → {run.n_latents:,} latents" if "d_model" in cfg and run.n_latents else "",
         (hook_in if hook_in == hook_out else f"{hook_in} → {hook_out}") if hook_in else "",
-        model or "",
+        (run.settings.get("model") or {}).get("model_name") or run.settings.get("model_name") or "",
     ]
     return [phrase for phrase in phrases if phrase]
 
 
+def _kind(cfg: dict[str, Any]) -> str:
+    """`topk sparse autoencoder, k = 32`; nothing where the config does not tell."""
+    kind, act_fn = cfg.get("sae_type"), cfg.get("act_fn")
+    if not kind or not act_fn:
+        return ""
+    if cfg.get("hook_point_in") != cfg.get("hook_point_out"):
+        kind = "transcoder"
+    k = f", k = {cfg['top_k']}" if "topk" in act_fn and "top_k" in cfg else ""
+    return f"{act_fn} {'sparse autoencoder' if kind == 'sae' else kind}{k}"
+
+
 def _cards(run: SavedRun) -> list[Card]:
     """The headline numbers: held out where an evaluation exists, else the last training report's."""
-    cards = []
     n_evaluated = run.evaluated("details/n_evaluated_tokens")
     on_held_out = f"on {n_evaluated:,.0f} held-out tokens" if n_evaluated else "held out"
-    for label, name, digits in (("Explained variance", "metrics/explained_variance", 3), ("L0", "metrics/l0", 1)):
-        held_out, trained = run.evaluated(name), run.last(name)
-        if held_out is not None:
-            training = f"; training {trained:.{digits}f}" if trained is not None else ""
-            cards.append(Card(label, f"{held_out:.{digits}f}", on_held_out + training))
-        elif trained is not None:
-            cards.append(Card(label, f"{trained:.{digits}f}", "last training report"))
+    cards = [
+        _measured(run, "Explained variance", "metrics/explained_variance", 3, on_held_out),
+        _measured(run, "L0", "metrics/l0", 1, on_held_out),
+        _dead_or_silent(run, on_held_out),
+        _recovered(run),
+        *_effort(run),
+    ]
+    return [card for card in cards if card is not None]
+
+
+def _measured(run: SavedRun, label: str, name: str, digits: int, on_held_out: str) -> Card | None:
+    """A metric that training and evaluation both have."""
+    held_out, trained = run.evaluated(name), run.last(name)
+    if held_out is not None:
+        training = f"; training {trained:.{digits}f}" if trained is not None else ""
+        return Card(label, f"{held_out:.{digits}f}", on_held_out + training)
+    return None if trained is None else Card(label, f"{trained:.{digits}f}", "last training report")
+
+
+def _dead_or_silent(run: SavedRun, on_held_out: str) -> Card | None:
+    """Latents dead in training; without such a report those silent on held-out text."""
     dead, silent = run.last("sparsity/dead"), run.evaluated("sparsity/silent")
-    if dead is not None:
-        unseen = f"; {silent:.1%} silent on held-out text" if silent is not None else ""
-        value = f"{dead / run.n_latents:.1%}" if run.n_latents else f"{dead:,.0f}"
-        count = f"{dead:,.0f} of {run.n_latents:,}" if run.n_latents else "latents, at the last report"
-        cards.append(Card("Dead latents", value, count + unseen))
-    elif silent is not None:
-        cards.append(Card("Silent latents", f"{silent:.1%}", f"never active {on_held_out}"))
-    recovered = run.evaluated("metrics/downstream_loss_recovered")
-    if recovered is not None:
-        kl = run.evaluated("metrics/downstream_kl")
-        cards.append(
-            Card("Loss recovered", f"{recovered:.1%}", f"KL {kl:.3f} nats" if kl is not None else "downstream")
-        )
-    tokens, steps = run.last("details/n_training_tokens"), run.last("step")
+    if dead is None:
+        return None if silent is None else Card("Silent latents", f"{silent:.1%}", f"never active {on_held_out}")
+    unseen = f"; {silent:.1%} silent on held-out text" if silent is not None else ""
+    if run.n_latents:
+        return Card("Dead latents", f"{dead / run.n_latents:.1%}", f"{dead:,.0f} of {run.n_latents:,}{unseen}")
+    return Card("Dead latents", f"{dead:,.0f}", f"latents, at the last report{unseen}")
+
+
+def _recovered(run: SavedRun) -> Card | None:
+    """How much of the language model's loss the reconstruction keeps."""
+    recovered, kl = run.evaluated("metrics/downstream_loss_recovered"), run.evaluated("metrics/downstream_kl")
+    if recovered is None:
+        return None
+    return Card("Loss recovered", f"{recovered:.1%}", f"KL {kl:.3f} nats" if kl is not None else "downstream")
+
+
+def _effort(run: SavedRun) -> list[Card]:
+    """What the training took."""
+    tokens, seconds = run.last("details/n_training_tokens"), _training_seconds(run)
+    cards = []
     if tokens is not None:
-        cards.append(Card("Training tokens", _compact(tokens), f"{steps:,.0f} steps"))
-    seconds = _training_seconds(run)
+        cards.append(Card("Training tokens", _compact(tokens), f"{run.last('step'):,.0f} steps"))
     if tokens and seconds:
         cards.append(Card("Training time", _duration(seconds), f"{_compact(tokens / seconds)} tokens/s on average"))
     return cards
@@ -184,14 +207,24 @@ def _tables(run: SavedRun) -> list[dict[str, Any]]:
 
 def _flat(value: Any, path: str = "") -> list[tuple[str, str]]:
     """Nested values as (a.b.c, text) rows."""
-    if isinstance(value, dict) and value:
-        return [row for key, item in value.items() for row in _flat(item, f"{path}.{key}" if path else str(key))]
-    if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
-        return [row for i, item in enumerate(value) for row in _flat(item, f"{path}.{i}")]
-    if not path:
-        return []
-    if isinstance(value, float):
-        return [(path, f"{value:.6g}")]
-    if isinstance(value, list):
-        return [(path, ", ".join(map(str, value)) or "empty")]
-    return [(path, "not set" if value is None else str(value))]
+    items: dict[Any, Any] = {}
+    if isinstance(value, dict):
+        items = value
+    elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        items = dict(enumerate(value))
+    if items:
+        return [row for key, item in items.items() for row in _flat(item, f"{path}.{key}" if path else str(key))]
+    return [(path, _text(value))] if path else []
+
+
+def _text(value: Any) -> str:
+    """A value as a table shows it."""
+    match value:
+        case float():
+            return f"{value:.6g}"
+        case list():
+            return ", ".join(map(str, value)) or "empty"
+        case None:
+            return "not set"
+        case _:
+            return str(value)

@@ -54,9 +54,7 @@ def _check_size(dictionary: AbstractSparseAutoEncoder, device: str) -> None:
     needed = _COPIES * sum(p.numel() * p.element_size() for p in dictionary.parameters())
     if device == "cpu":
         needed *= n_on_this_node()
-        there = machine.memory_bytes()
-    else:
-        there = torch.cuda.mem_get_info()[1]
+    there = machine.memory_bytes(device)
     if needed > there:
         raise ConfigError(
             f"sae: {dictionary.cfg.d_sae} latents of d_model={dictionary.cfg.d_model} need {needed / 2**30:.3g} GiB "
