@@ -56,9 +56,11 @@ def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
     from lm_saes.dictionaries.config import BaseSAEConfig
     from lm_saes.latents.activations import ActivationFunction
-    from lm_saes.losses import sparsity
+    from lm_saes.losses.sparsity import SparsityLoss
     from lm_saes.metrics import Metric
     from lm_saes.runs.settings import TrainSettings
+    from lm_saes.training.optimizers import OptimizerChoice
+    from lm_saes.training.schedules import RateSchedule
 
     BaseSAEConfig.kind("sae")  # imports all kinds, which stay
     registries = [
@@ -66,7 +68,7 @@ def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
         (AbstractSparseAutoEncoder, "kinds"),
         (BaseSAEConfig, "registry"),
         (TrainSettings, "kinds"),
-        (sparsity, "SPARSITY_LOSSES"),
+        *((family, "registry") for family in (SparsityLoss, OptimizerChoice, RateSchedule)),
     ]
     for owner, name in registries:
         monkeypatch.setattr(owner, name, dict(getattr(owner, name)))

@@ -213,7 +213,7 @@ def settings(
         import textwrap
 
         from lm_saes import runners
-        from lm_saes.config import known_settings
+        from lm_saes.runs.listing import known_settings
 
         width = min(shutil.get_terminal_size().columns, 120)
         for path, kind, default, description in known_settings(getattr(runners, _SETTINGS_OF[command])):

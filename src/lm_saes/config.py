@@ -9,9 +9,8 @@ import types
 import typing
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import torch
 from pydantic import (
@@ -24,6 +23,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from lm_saes.errors import ConfigError
 
@@ -73,16 +73,25 @@ class BaseConfig(BaseModel):
     @classmethod
     def _refuse_unknown_keys(cls, data: Any) -> Any:
         if isinstance(data, Mapping):
-            known = list(cls.model_fields)
+            known = cls.known_fields()
             for key in data:
-                if key not in cls.model_fields:
+                if key not in known:
                     near = difflib.get_close_matches(str(key), known, n=1)
                     keys = ", ".join(known) if len(known) <= _FEW_KEYS else "`lm-saes settings` prints them"
                     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {keys}"
                     raise ValueError(f"unknown key {key!r} in {cls.__name__}; {hint}")
-                if isinstance(data[key], bool) and _is_number(cls.model_fields[key].annotation):
+                if isinstance(data[key], bool) and _is_number(known[key].annotation):
                     raise ValueError(f"{key}={data[key]}: must be a number, not a switch; write it in digits")
         return data
+
+    @classmethod
+    def known_fields(cls) -> dict[str, FieldInfo]:
+        """Every setting that may be given, by name."""
+        return dict(cls.model_fields)
+
+    def default_of(self, name: str) -> Any:
+        """What a setting is unless it is given."""
+        return type(self).model_fields[name].get_default(call_default_factory=True, validated_data={})
 
     def refuse_without_effect(self, fields: Iterable[str], reason: str, info: ValidationInfo | None = None) -> None:
         """Raise if one of `fields` was set to something other than its default although it cannot have an effect.
@@ -101,10 +110,9 @@ class BaseConfig(BaseModel):
             warnings.warn(message, stacklevel=2)
 
     def _set_in_vain(self, fields: Iterable[str], reason: str) -> Iterator[str]:
-        for name in fields:
+        for name in self.model_fields_set.intersection(fields):
             value = getattr(self, name)
-            default = type(self).model_fields[name].get_default(call_default_factory=True, validated_data={})
-            if name in self.model_fields_set and value != default:
+            if value != self.default_of(name):
                 yield f"{name}={value!r} has no effect: {reason}"
 
     def to_json(self) -> dict[str, Any]:
@@ -275,73 +283,3 @@ def _parts(annotation: Any) -> set[Any]:
     if typing.get_origin(annotation) in (types.UnionType, typing.Union, Annotated):
         return set().union(*map(_parts, typing.get_args(annotation)))
     return {annotation} if isinstance(annotation, type) else set()
-
-
-def known_settings(cls: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str, str]]:
-    """Every setting of a config as (path, type, default, description), nested configs included.
-
-    A position in a list is written 0, a key of a table of configs `<name>`; where several kinds of config may stand
-    in one place, the description says which kind the setting belongs to.
-    """
-    rows: list[tuple[str, str, str, str]] = []
-    for name, field in cls.model_fields.items():
-        default = "required"
-        if not field.is_required():
-            default = _default_text(field.get_default(call_default_factory=True, validated_data={}))
-        rows.append((prefix + name, _type_name(field.annotation), default, " ".join((field.description or "").split())))
-        nested = _configs_in(field.annotation)
-        for place, config in nested:
-            for path, kind, value, text in known_settings(config, f"{prefix}{name}{place}."):
-                rows.append((path, kind, value, f"[{_kind(config)}] {text}".rstrip() if len(nested) > 1 else text))
-    return rows
-
-
-def _configs_in(annotation: Any, place: str = "") -> list[tuple[str, type[BaseModel]]]:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return [(place, annotation)] if issubclass(annotation, BaseModel) else []
-    match typing.get_origin(annotation):
-        case origin if origin in (list, tuple, Sequence):
-            place += ".0"
-        case origin if origin in (dict, Mapping):
-            place += ".<name>"
-    return [found for part in typing.get_args(annotation) for found in _configs_in(part, place)]
-
-
-def _kind(config: type[BaseModel]) -> str:
-    """`type='dataset'`, where a field that allows a single value tells the kinds apart; else the class's name."""
-    for name, field in config.model_fields.items():
-        if typing.get_origin(field.annotation) is Literal and len(typing.get_args(field.annotation)) == 1:
-            return f"{name}={typing.get_args(field.annotation)[0]!r}"
-    return config.__name__
-
-
-def _type_name(annotation: Any) -> str:
-    """`float | dict[str, float]`, `'adam' | 'sparseadam'`, `dtype | None`: as one would say it, without modules."""
-    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation in (None, types.NoneType):
-        return "None"
-    if origin is Annotated:
-        return _type_name(parts[0])
-    if origin is Literal:
-        return " | ".join(map(repr, parts))
-    if origin in (types.UnionType, typing.Union):
-        return " | ".join(map(_type_name, parts))
-    if origin is not None:
-        return f"{origin.__name__}[{', '.join('...' if part is ... else _type_name(part) for part in parts)}]"
-    if isinstance(annotation, type) and issubclass(annotation, Enum):
-        return " | ".join(repr(member.value) for member in annotation)
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).removeprefix("typing.")
-
-
-def _default_text(value: Any) -> str:
-    match value:
-        case BaseModel():
-            return "its defaults"
-        case Enum():
-            return repr(value.value)
-        case float():
-            return short if "e" in (short := f"{value:g}") and float(short) == value else repr(value)
-        case torch.dtype() | Path():
-            return repr(str(value).removeprefix("torch."))
-        case _:
-            return repr(value)

@@ -26,8 +26,7 @@ from lm_saes.latents.record import Record
 from lm_saes.latents.selection import strategies
 from lm_saes.latents.selection.selector import Selector
 from lm_saes.latents.selection.wants import BestOfBatch, BestPerToken, Judged
-from lm_saes.losses import sparsity
-from lm_saes.losses.settings import LossSettings
+from lm_saes.losses.sparsity import SparsityLoss
 from lm_saes.runs.runners import train_settings_class
 from lm_saes.trainer import Trainer, TrainerConfig
 
@@ -127,13 +126,15 @@ def test_fast_ways_are_taken_by_declaration(monkeypatch: pytest.MonkeyPatch, nam
     torch.testing.assert_close(code.dense().sum(), s_NF[wanted_NF].sum(), rtol=5e-3, atol=0)  # bfloat16 has eight bits
 
 
-def test_a_sparsity_loss_is_one_function(tmp_path: Path) -> None:
-    seen: list[LossSettings] = []
+def test_a_sparsity_loss_is_one_class(tmp_path: Path) -> None:
+    seen: list[Record] = []
 
-    @sparsity.sparsity_loss("count-of-squares")
-    def squares(record: Record, settings: LossSettings) -> Tensor:
-        seen.append(settings)
-        return record.row_mean(record.code.sum_rows(record.code.values.square()))
+    class CountOfSquares(SparsityLoss):
+        name = "count-of-squares"
+
+        def __call__(self, record: Record) -> Tensor:
+            seen.append(record)
+            return record.row_mean(record.code.sum_rows(record.code.values.square()))
 
     sae = {"hook_point_in": HOOK, "hook_point_out": HOOK}
     shrunk = trained(tmp_path / "with", sae, sparsity_loss_type="count-of-squares", l1_coefficient=5.0, lr=0.05)

@@ -19,8 +19,6 @@ ELSEWHERE = {
     ("parallel/launch.py", "_exit"): "documented by os, underscore and all",
 }
 NOT_YET = {
-    "training/optim.py",
-    "training/update.py",
     "parallel/sharding.py",
 }
 """Files that are to go through `torch_private` (a module's tensors: through `setattr`)."""

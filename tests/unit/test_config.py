@@ -15,11 +15,11 @@ from lm_saes.config import (
     apply_overrides,
     build,
     describe,
-    known_settings,
     load_config,
     read_document,
 )
 from lm_saes.errors import ConfigError
+from lm_saes.runs.listing import known_settings
 
 
 class Text(BaseConfig):

@@ -26,6 +26,7 @@ from lm_saes.latents.record import Record
 from lm_saes.losses.dead_latents import DeadList
 from lm_saes.losses.objective import objective
 from lm_saes.losses.settings import LossSettings
+from lm_saes.losses.sparsity import bound_loss
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +138,9 @@ class AbstractSparseAutoEncoder(Initializing, ForwardPass, Stored):
             return_aux_data: True: a mapping with the terms and what they were made from; False: the loss alone.
             is_dead: bool `[F]`, the latents that AuxK revives.
         """
-        settings = LossSettings(sparsity_loss_type, tanh_stretch_coefficient, frequency_scale, p,
-                                l1_coefficient, lp_coefficient, auxk_coefficient, k_aux)  # fmt: skip
+        shape = {"tanh_stretch_coefficient": tanh_stretch_coefficient, "frequency_scale": frequency_scale, "p": p}
+        sparsity_loss = bound_loss(sparsity_loss_type, shape)
+        settings = LossSettings(sparsity_loss, l1_coefficient, lp_coefficient, auxk_coefficient, k_aux)
         record = self.make_record(batch)
         result = LossResult(record, settings, batch.get("mask"), {
             "label": lambda: self.prepare_label(batch),

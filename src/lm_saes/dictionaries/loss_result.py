@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -33,7 +32,7 @@ class LossResult(Mapping[str, Any]):
         if name in _TERMS:
             return self.terms.get(name)
         if name in _COEFFICIENTS:
-            return asdict(self._settings)[name]
+            return getattr(self._settings, name)
         if name in self._make:
             if name not in self._made:
                 self._made[name] = self._make[name]()

@@ -12,7 +12,6 @@ from lm_saes.axes.axis import Axes
 from lm_saes.latents.record import Record
 from lm_saes.losses.dead_latents import DeadList, list_dead
 from lm_saes.losses.settings import LossSettings
-from lm_saes.losses.sparsity import find_sparsity_loss
 
 
 class HasPenalties(Protocol):
@@ -43,8 +42,8 @@ def objective(
         dead_room: how many of each site AuxK has places for, so that nobody waits to count them; None: for all.
     """
     terms = {"l_rec": record.token_mean(record.squared_error)}
-    if settings.sparsity_loss_type is not None:
-        terms["l_s"] = settings.l1_coefficient * find_sparsity_loss(settings.sparsity_loss_type)(record, settings)
+    if settings.sparsity_loss is not None:
+        terms["l_s"] = settings.l1_coefficient * settings.sparsity_loss(record)
     if settings.lp_coefficient:
         terms["l_p"] = settings.lp_coefficient * dictionary.pre_activation_loss(record)
     if settings.auxk_coefficient:

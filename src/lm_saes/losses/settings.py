@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lm_saes.losses.sparsity import SparsityLoss
+
 
 @dataclass(frozen=True)
 class LossSettings:
     """Arguments of the loss, as `compute_loss` names them."""
 
-    sparsity_loss_type: str | None = None
-    tanh_stretch_coefficient: float = 4.0
-    frequency_scale: float = 0.01
-    p: float = 1
+    sparsity_loss: SparsityLoss | None = None
+    """The one that `sparsity_loss_type` names, with its own settings."""
     l1_coefficient: float = 1.0
     lp_coefficient: float = 0.0
     auxk_coefficient: float = 0.0

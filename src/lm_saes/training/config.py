@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from lm_saes.config import BaseConfig, DType
-from lm_saes.losses.sparsity import find_sparsity_loss
+from lm_saes.choices import Choice, OpenConfig, one_of
+from lm_saes.config import DType
+from lm_saes.losses.sparsity import PowerSettings, SparsityLoss, TanhQuadSettings, find_loss
+from lm_saes.training.optimizers import AdamSettings, OptimizerChoice
+from lm_saes.training.schedules import CoolDownSettings, EndSettings, RateSchedule, Steps, WarmUpSettings
 
-Steps = int | float
-Decay = Annotated[float, Field(ge=0, lt=1)]
 
-
-class TrainerConfig(BaseConfig):
+class TrainerConfig(
+    PowerSettings, TanhQuadSettings, AdamSettings, CoolDownSettings, WarmUpSettings, EndSettings, OpenConfig
+):
     """How to train. Step counts given as a float in [0, 1] are fractions of all steps; as an int, steps."""
+
+    choices: ClassVar[Mapping[str, type[Choice]]] = {
+        "sparsity_loss_type": SparsityLoss,
+        "optimizer_class": OptimizerChoice,
+        "lr_scheduler_name": RateSchedule,
+    }
 
     l1_coefficient: float | None = Field(default=8e-5, ge=0)
     """Weight of the sparsity loss (None: constant 1, without warm-up)."""
@@ -31,12 +39,6 @@ class TrainerConfig(BaseConfig):
     precision."""
     sparsity_loss_type: str | None = None
     """Sparsity loss: `power`, `tanh`, `tanh-quad`, or none."""
-    tanh_stretch_coefficient: float = Field(default=4.0, gt=0)
-    """Stretch `c` of the tanh losses."""
-    frequency_scale: float = Field(default=0.01, gt=0)
-    """Firing frequency at which `tanh-quad` counts a latent twice."""
-    p: float = Field(default=1, gt=0)
-    """Exponent of the `power` loss; fractions are allowed."""
     initial_k: int | float | None = Field(default=None, gt=0)
     """k that a top-k run starts with (None: no schedule)."""
     k_warmup_steps: Steps = 0.1
@@ -57,23 +59,10 @@ class TrainerConfig(BaseConfig):
     """Batches per optimizer step."""
     lr: float | dict[str, float] = 4e-4
     """Learning rate; or rates by parameter or group name (`others`, `jumprelu`), with `default` for the rest."""
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Decay rates of Adam's moments."""
-    optimizer_class: Literal["adam", "sparseadam"] = "adam"
+    optimizer_class: str = "adam"
     """`adam`, or `sparseadam`: weights and moments change only where the gradient is not zero."""
-    optimizer_foreach: bool = True
-    """True: the fastest implementation there is; False: a plain loop."""
-    lr_scheduler_name: Literal[
-        "constant", "constantwithwarmup", "linearwarmupdecay",
-        "cosineannealing", "cosineannealingwarmup", "exponentialwarmup",
-    ] = "constantwithwarmup"  # fmt: skip
+    lr_scheduler_name: str = "constantwithwarmup"
     """Schedule of the learning rate."""
-    lr_end_ratio: float = Field(default=1 / 32, ge=0, le=1)
-    """What the learning rate ends at, as a share of the full rate."""
-    lr_warm_up_steps: Steps = 5000
-    """Steps over which the learning rate rises."""
-    lr_cool_down_steps: Steps = 0.2
-    """Steps over which it falls at the end."""
     jumprelu_lr_factor: float = Field(default=1.0, ge=0)
     """Learning rate of JumpReLU thresholds over that of the other parameters."""
     clip_grad_norm: float = Field(default=0.0, ge=0)
@@ -116,9 +105,12 @@ class TrainerConfig(BaseConfig):
     @field_validator("sparsity_loss_type")
     @classmethod
     def _known_loss(cls, value: str | None) -> str | None:
-        if value is not None:
-            find_sparsity_loss(value)
-        return value
+        return None if value is None else find_loss(value).name
+
+    @field_validator("optimizer_class", "lr_scheduler_name")
+    @classmethod
+    def _known_name(cls, value: str, info: ValidationInfo) -> str:
+        return one_of(value, cls.choices[str(info.field_name)])
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> TrainerConfig:
@@ -136,8 +128,8 @@ class TrainerConfig(BaseConfig):
         return self
 
     def _without_effect(self) -> Iterator[tuple[list[str], str]]:
-        """The fields that nothing reads, given the others, and why."""
-        measuring, schedule = not self.skip_metrics_calculation, self.lr_scheduler_name
+        """The fields of its own that nothing reads, given the others, and why."""
+        measuring = not self.skip_metrics_calculation
         if not self.auxk_coefficient:
             yield ["k_aux"], "auxk_coefficient is off"
             if not measuring:
@@ -151,20 +143,6 @@ class TrainerConfig(BaseConfig):
             yield ["l1_coefficient", "l1_coefficient_warmup_steps"], "sparsity_loss_type is not set"
         elif self.l1_coefficient is None:
             yield ["l1_coefficient_warmup_steps"], "l1_coefficient=None is constant"
-        if self.sparsity_loss_type not in ("tanh", "tanh-quad"):
-            yield ["tanh_stretch_coefficient"], "only the tanh losses read it"
-        if self.sparsity_loss_type != "tanh-quad":
-            yield ["frequency_scale"], "only sparsity_loss_type='tanh-quad' reads it"
-        if self.sparsity_loss_type != "power":
-            yield ["p"], "only sparsity_loss_type='power' reads it"
-        if schedule in ("constant", "cosineannealing"):
-            yield ["lr_warm_up_steps"], f"lr_scheduler_name={schedule!r} has no warm-up"
-        if schedule != "constantwithwarmup":
-            yield ["lr_cool_down_steps"], "only lr_scheduler_name='constantwithwarmup' reads it"
-        if schedule == "constant":
-            yield ["lr_end_ratio"], "lr_scheduler_name='constant' does not fall"
-        if self.optimizer_class == "sparseadam":
-            yield ["optimizer_foreach"], "sparseadam has one implementation"
         if not measuring:
             yield ["feature_sampling_window"], "skip_metrics_calculation is set"
         if self.n_checkpoints < 2:

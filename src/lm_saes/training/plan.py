@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.errors import ConfigError
 from lm_saes.losses.settings import LossSettings
+from lm_saes.losses.sparsity import SparsityLoss
 from lm_saes.training.config import TrainerConfig
-from lm_saes.training.schedules import active_k, as_steps, checkpoint_steps, coefficient, learning_rate_factor
+from lm_saes.training.schedules import RateSchedule, active_k, as_steps, checkpoint_steps, coefficient
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +30,17 @@ class Plan:
     def _steps(self, setting: int | float) -> int:
         return as_steps(setting, self.total)
 
+    @cached_property
+    def _rate(self) -> RateSchedule:
+        return cast(RateSchedule, self.cfg.chosen("lr_scheduler_name"))
+
+    @cached_property
+    def _sparsity_loss(self) -> SparsityLoss | None:
+        return cast(SparsityLoss | None, self.cfg.chosen("sparsity_loss_type"))
+
     def learning_rate_factor(self, t: int) -> float:
         """What the learning rate is multiplied by."""
-        cfg = self.cfg
-        warm_up, cool_down = self._steps(cfg.lr_warm_up_steps), self._steps(cfg.lr_cool_down_steps)
-        return learning_rate_factor(cfg.lr_scheduler_name, t, self.total, warm_up, cool_down, cfg.lr_end_ratio)
+        return self._rate.factor(t, self.total)
 
     def k(self, t: int, top_k: int) -> int:
         """The k of the top-k family."""
@@ -44,10 +52,7 @@ class Plan:
         """Weights and shapes of the loss terms."""
         cfg = self.cfg
         return LossSettings(
-            sparsity_loss_type=cfg.sparsity_loss_type,
-            tanh_stretch_coefficient=cfg.tanh_stretch_coefficient,
-            frequency_scale=cfg.frequency_scale,
-            p=cfg.p,
+            sparsity_loss=self._sparsity_loss,
             l1_coefficient=coefficient(cfg.l1_coefficient, t, self._steps(cfg.l1_coefficient_warmup_steps)),
             lp_coefficient=cfg.lp_coefficient or 0.0,
             auxk_coefficient=cfg.auxk_coefficient or 0.0,
@@ -72,7 +77,8 @@ def make_plan(cfg: TrainerConfig, batch_tokens: int) -> Plan:
         raise ConfigError(
             f"total_training_tokens={cfg.total_training_tokens}: less than the {tokens_per_step} of one step; raise it"
         )
-    if cfg.lr_scheduler_name not in ("constant", "cosineannealing") and as_steps(cfg.lr_warm_up_steps, total) >= total:
+    rises = "lr_warm_up_steps" in RateSchedule.find(cfg.lr_scheduler_name).model_fields
+    if rises and as_steps(cfg.lr_warm_up_steps, total) >= total:
         log.warning(
             "lr_warm_up_steps=%s: the run has %d steps and never reaches the full rate", cfg.lr_warm_up_steps, total
         )

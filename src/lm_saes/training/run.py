@@ -11,7 +11,8 @@ from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.training.board import Board
 from lm_saes.training.config import TrainerConfig
 from lm_saes.training.faults import Ledger
-from lm_saes.training.optim import FusedAdam, build_optimizer
+from lm_saes.training.optim import build_optimizer
+from lm_saes.training.optimizers import FusedAdam
 from lm_saes.training.plan import Plan, check_settings, make_plan
 
 
@@ -58,7 +59,7 @@ class Run:
         return {
             "details/current_learning_rate": rate * self.plan.learning_rate_factor(t),
             "details/n_training_tokens": float(tokens),
-            "details/l1_coefficient": settings.l1_coefficient if settings.sparsity_loss_type else 0.0,
+            "details/l1_coefficient": settings.l1_coefficient if settings.sparsity_loss else 0.0,
             "details/lp_coefficient": settings.lp_coefficient,
             "details/auxk_coefficient": settings.auxk_coefficient,
         }

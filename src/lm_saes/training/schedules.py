@@ -6,48 +6,126 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
+from typing import ClassVar
 
-from lm_saes.errors import ConfigError
+from pydantic import Field
+
+from lm_saes.choices import Choice
+from lm_saes.config import BaseConfig
+
+Steps = int | float
+"""A float in [0, 1] is a fraction of all steps; an int is a number of steps."""
 
 
-def as_steps(value: int | float, total: int) -> int:
+def as_steps(value: Steps, total: int) -> int:
     """A float in [0, 1] is a fraction of the total; an int is a number of steps."""
     return round(value * total) if isinstance(value, float) else value
 
 
-def learning_rate_factor(name: str, t: int, total: int, warm_up: int, cool_down: int, end_ratio: float) -> float:
-    """The factor of the learning rate at step `t`.
+class RateSchedule(Choice):
+    """The learning rate's factor as a function of the step. Its fields are its settings."""
 
-    With w = `warm_up`, c = `cool_down`, r = `end_ratio`, T = `total` (w = 0 or c = 0: no such phase):
-    constant `1`; constantwithwarmup `min(1, (t+1)/w, r + (1-r)(T-t)/c)`; linearwarmupdecay `(t+1)/w`, then
-    `r + (1-r)(T-t)/(T-w)`; cosineannealing `r + (1-r)(1 + cos(pi t/T))/2`; cosineannealingwarmup `(t+1)/w`, then the
-    cosine of `(t-w)/(T-w)`; exponentialwarmup `(t+1)/w`, then `r^((t-w)/(T-w))`.
+    registry: ClassVar[dict[str, type[RateSchedule]]] = {}
+    noun = "rate schedule"
 
-    Raises:
-        ConfigError: an unknown name.
-    """
+    @abstractmethod
+    def factor(self, t: int, total: int) -> float:
+        """The factor at step `t` of `total`."""
 
-    def cosine(share: float) -> float:
-        return end_ratio + (1 - end_ratio) * (1 + math.cos(math.pi * share)) / 2
 
-    if name == "constant":
+class EndSettings(BaseConfig):
+    """What schedules that fall have in common."""
+
+    lr_end_ratio: float = Field(default=1 / 32, ge=0, le=1)
+    """What the learning rate ends at, as a share of the full rate."""
+
+
+class WarmUpSettings(BaseConfig):
+    """What schedules that rise first have in common."""
+
+    lr_warm_up_steps: Steps = 5000
+    """Steps over which the learning rate rises."""
+
+
+class CoolDownSettings(BaseConfig):
+    """What schedules that fall at the end alone have in common."""
+
+    lr_cool_down_steps: Steps = 0.2
+    """Steps over which it falls at the end."""
+
+
+class Constant(RateSchedule):
+    """1."""
+
+    name = "constant"
+
+    def factor(self, t: int, total: int) -> float:
         return 1.0
-    if name == "constantwithwarmup":
-        rise = (t + 1) / warm_up if warm_up else 1.0
-        fall = end_ratio + (1 - end_ratio) * (total - t) / cool_down if cool_down else 1.0
+
+
+class ConstantWithWarmUp(CoolDownSettings, WarmUpSettings, EndSettings, RateSchedule):
+    """`min(1, (t+1)/w, r + (1-r)(T-t)/c)`: T steps, of which w rise and c fall (0: none), to the end ratio r."""
+
+    name = "constantwithwarmup"
+
+    def factor(self, t: int, total: int) -> float:
+        w, c = as_steps(self.lr_warm_up_steps, total), as_steps(self.lr_cool_down_steps, total)
+        rise = (t + 1) / w if w else 1.0
+        fall = self.lr_end_ratio + (1 - self.lr_end_ratio) * (total - t) / c if c else 1.0
         return min(1.0, rise, fall)
-    if name == "cosineannealing":
-        return cosine(t / total)
-    if t < warm_up and name in {"linearwarmupdecay", "cosineannealingwarmup", "exponentialwarmup"}:
-        return (t + 1) / warm_up
-    rest = max(1, total - warm_up)
-    if name == "linearwarmupdecay":
-        return end_ratio + (1 - end_ratio) * (total - t) / rest
-    if name == "cosineannealingwarmup":
-        return cosine((t - warm_up) / rest)
-    if name == "exponentialwarmup":
-        return end_ratio ** ((t - warm_up) / rest)
-    raise ConfigError(f"lr_scheduler_name={name!r}: not a schedule")
+
+
+class CosineAnnealing(EndSettings, RateSchedule):
+    """`r + (1-r)(1 + cos(pi t/T))/2`."""
+
+    name = "cosineannealing"
+
+    def factor(self, t: int, total: int) -> float:
+        return _cosine(t / total, self.lr_end_ratio)
+
+
+class _RiseAndFall(WarmUpSettings, EndSettings, RateSchedule):
+    """`(t+1)/w` for w steps, then a way down."""
+
+    @abstractmethod
+    def fall(self, gone: int, steps: int) -> float:
+        """The factor when so many of the steps down are gone."""
+
+    def factor(self, t: int, total: int) -> float:
+        w = as_steps(self.lr_warm_up_steps, total)
+        return (t + 1) / w if t < w else self.fall(t - w, max(1, total - w))
+
+
+class LinearWarmUpDecay(_RiseAndFall):
+    """`(t+1)/w`, then `r + (1-r)(T-t)/(T-w)`."""
+
+    name = "linearwarmupdecay"
+
+    def fall(self, gone: int, steps: int) -> float:
+        return self.lr_end_ratio + (1 - self.lr_end_ratio) * (steps - gone) / steps
+
+
+class CosineAnnealingWarmUp(_RiseAndFall):
+    """`(t+1)/w`, then the cosine of `(t-w)/(T-w)`."""
+
+    name = "cosineannealingwarmup"
+
+    def fall(self, gone: int, steps: int) -> float:
+        return _cosine(gone / steps, self.lr_end_ratio)
+
+
+class ExponentialWarmUp(_RiseAndFall):
+    """`(t+1)/w`, then `r^((t-w)/(T-w))`."""
+
+    name = "exponentialwarmup"
+
+    def fall(self, gone: int, steps: int) -> float:
+        return self.lr_end_ratio ** (gone / steps)
+
+
+def _cosine(share: float, end_ratio: float) -> float:
+    return end_ratio + (1 - end_ratio) * (1 + math.cos(math.pi * share)) / 2
 
 
 def coefficient(target: float | None, t: int, warm_up: int) -> float:

@@ -6,13 +6,13 @@ the device (`Ledger` says later which were), and sizes do not depend on values.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lm_saes import machine
 from lm_saes.data.batch import Batch
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
+from lm_saes.torch_private import step_if
 from lm_saes.training.config import TrainerConfig
 from lm_saes.training.faults import Check
 from lm_saes.training.micro_batches import backward, valid_tokens
@@ -55,15 +55,5 @@ def _checks_of_inputs(sae: AbstractSparseAutoEncoder, batches: list[Batch]) -> l
 
 
 def _take(optimizer: Optimizer, taken: Tensor | None) -> None:
-    """Let the optimizer step; with `taken` (0-d bool) false the device leaves weights, moments and counts as they are.
-
-    This is how torch's gradient scaler tells fused optimizers of overflow.
-    """
-    if taken is None:
-        optimizer.step()
-        return
-    optimizer.found_inf = (~taken).to(torch.float32)  # type: ignore[attr-defined]
-    try:
-        optimizer.step()
-    finally:
-        del optimizer.found_inf  # type: ignore[attr-defined]
+    """Let the optimizer step; with `taken` (0-d bool) false the device leaves everything as it is."""
+    optimizer.step() if taken is None else step_if(optimizer, taken)

@@ -13,7 +13,8 @@ from torch import Tensor
 from lm_saes.errors import ConfigError
 from lm_saes.training.config import TrainerConfig
 from lm_saes.training.dead_latents import DeadLatents
-from lm_saes.training.optim import FusedAdam, SparseAdam, build_optimizer
+from lm_saes.training.optim import build_optimizer
+from lm_saes.training.optimizers import FusedAdam, SparseAdam
 
 New = Callable[..., Any]
 HOOK = "blocks.0.hook_resid_post"

@@ -37,7 +37,7 @@ from lm_saes.training.micro_batches import backward, valid_tokens
 New = Callable[..., Any]
 HOOK, D, F = "blocks.0.hook_resid_post", 8, 96
 SITES = ("a", "b", "c")
-QUIET = LossSettings(None, 4.0, 0.01, 1.0, 0.0, 0.0, 0.0, 4)
+QUIET = LossSettings(None, 0.0, 0.0, 0.0, 4)
 AUXK = {"auxk_coefficient": 0.1, "k_aux": 4, "dead_threshold": 20}
 NARROW = {"jumprelu_threshold_window": 0.2}
 PENALTIES = {"sparsity_loss_type": "tanh-quad", "l1_coefficient": 0.1, "l1_coefficient_warmup_steps": 0}

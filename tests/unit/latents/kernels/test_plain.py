@@ -5,7 +5,7 @@ import torch
 
 from lm_saes import machine
 from lm_saes.latents.kernels import plain, sparse_adam, top_of_product
-from lm_saes.training.optim import SparseAdam
+from lm_saes.training.optimizers import SparseAdam
 
 
 def test_selection_by_hand() -> None:
