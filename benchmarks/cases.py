@@ -118,7 +118,7 @@ def _thresholds(sae: SparseAutoEncoder) -> Tensor:
 @torch.no_grad()
 def densities(sae: SparseAutoEncoder, batches: list[Tensor]) -> tuple[float, float]:
     """Shares of entries that are active, and that are not active but in JumpReLU's window."""
-    theta_F, half = _thresholds(sae), sae.activation_function.window / 2
+    theta_F, half = _thresholds(sae), getattr(sae.activation_function, "window", 0.0) / 2
     active = further = n = 0
     for x in batches:
         h_NF = sae.hidden_pre(sae.normalize_activations(as_batch(x))[HOOK])

@@ -59,6 +59,7 @@ def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_saes.losses.sparsity import SparsityLoss
     from lm_saes.metrics import Metric
     from lm_saes.runs.settings import TrainSettings
+    from lm_saes.training.loggers import LoggerConfig
     from lm_saes.training.optimizers import OptimizerChoice
     from lm_saes.training.schedules import RateSchedule
 
@@ -68,7 +69,7 @@ def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
         (AbstractSparseAutoEncoder, "kinds"),
         (BaseSAEConfig, "registry"),
         (TrainSettings, "kinds"),
-        *((family, "registry") for family in (SparsityLoss, OptimizerChoice, RateSchedule)),
+        *((family, "registry") for family in (SparsityLoss, OptimizerChoice, RateSchedule, LoggerConfig)),
     ]
     for owner, name in registries:
         monkeypatch.setattr(owner, name, dict(getattr(owner, name)))

@@ -8,14 +8,14 @@ mixin of the config, so that editors know it; what is registered later is taken 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import ConfigDict, ValidationError, ValidationInfo, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from lm_saes.config import BaseConfig, describe
+from lm_saes.config import BaseConfig, build, describe
 from lm_saes.errors import ConfigError
 
 
@@ -45,10 +45,10 @@ class Choice(BaseConfig):
         return cls.registry[name]
 
 
-def one_of(name: str, family: type[Choice]) -> str:
-    """A name, checked to be one of the family's, with the words that pydantic has for a wrong literal."""
-    if name not in family.registry:
-        *others, last = map(repr, family.registry)
+def one_of(name: str, names: Iterable[str]) -> str:
+    """A name, checked to be one of several, with the words that pydantic has for a wrong literal."""
+    if name not in (names := list(names)):
+        *others, last = map(repr, names)
         allowed = f"{', '.join(others)} or {last}"
         raise PydanticCustomError("literal_error", "Input should be {names}", {"names": allowed})
     return name
@@ -60,10 +60,13 @@ class OpenConfig(BaseConfig):
     model_config = ConfigDict(extra="allow")
     choices: ClassVar[Mapping[str, type[Choice]]] = {}
     """Settings that name a member of a family."""
+    tables: ClassVar[type[Choice] | None] = None
+    """A family of which each member's settings stand in a table of its name."""
 
     @classmethod
     def known_fields(cls) -> dict[str, FieldInfo]:
-        return {name: field for _, name, field in cls.read_by_choices()} | super().known_fields()
+        tables = {} if cls.tables is None else {name: FieldInfo(default=None) for name in cls.tables.registry}
+        return tables | {name: field for _, name, field in cls.read_by_choices()} | super().known_fields()
 
     @classmethod
     def read_by_choices(cls) -> Iterator[tuple[type[Choice], str, FieldInfo]]:
@@ -98,6 +101,9 @@ class OpenConfig(BaseConfig):
                     reason = f"{setting} is not set" if choice is None else f"only {setting}={readers} reads it"
                     self.refuse_without_effect([name], reason, info)
             extra |= {name: getattr(choice, name) for name in read - set(type(self).model_fields)}
+        for name, kind in self.tables.registry.items() if self.tables else ():
+            if isinstance(extra.get(name), Mapping):
+                extra[name] = build(kind, extra[name], where=f"{name}.")
         self.__pydantic_extra__ = extra
         return self
 

@@ -110,10 +110,9 @@ class BaseConfig(BaseModel):
             warnings.warn(message, stacklevel=2)
 
     def _set_in_vain(self, fields: Iterable[str], reason: str) -> Iterator[str]:
-        for name in self.model_fields_set.intersection(fields):
-            value = getattr(self, name)
-            if value != self.default_of(name):
-                yield f"{name}={value!r} has no effect: {reason}"
+        for name in fields:
+            if name in self.model_fields_set and getattr(self, name) != self.default_of(name):
+                yield f"{name}={getattr(self, name)!r} has no effect: {reason}"
 
     def to_json(self) -> dict[str, Any]:
         """The config as plain JSON values."""

@@ -34,6 +34,9 @@ def known_settings(cls: type[BaseModel], prefix: str = "") -> list[tuple[str, st
             for path, kind, value, text in known_settings(config, f"{prefix}{name}{place}."):
                 rows.append((path, kind, value, f"[{_kind(config)}] {text}".rstrip() if len(nested) > 1 else text))
     if issubclass(cls, OpenConfig):
+        for name, kind in cls.tables.registry.items() if cls.tables else ():
+            if name not in cls.model_fields:
+                rows += known_settings(kind, f"{prefix}{name}.")
         for choice, name, field in cls.read_by_choices():
             if name not in cls.model_fields:
                 kind, default, text = _told(field)

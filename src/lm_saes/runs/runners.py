@@ -54,7 +54,7 @@ from lm_saes.storage.manifest import listed
 from lm_saes.storage.provenance import versions
 from lm_saes.trainer import Trainer
 from lm_saes.training.checkpoint import STREAM, all_steps, find_checkpoint, put_back, read_json, read_run_id
-from lm_saes.training.loggers import ConsoleLogger, JsonlLogger, Loggers, TensorBoardLogger, WandbLogger
+from lm_saes.training.loggers import JsonlLogger, LoggedRun, Loggers
 from lm_saes.training.resume import refuse_changes, refuse_older_run
 from lm_saes.training.signals import stopping
 
@@ -342,10 +342,5 @@ def _checkpoint(settings: TrainSettings, run: Path, again: bool) -> str | None:
 
 
 def _loggers(settings: TrainSettings, run: Path, start: Path | None) -> Loggers:
-    optional: list[Any] = [ConsoleLogger()] if "console" in settings.loggers else []
-    if "tensorboard" in settings.loggers:
-        optional.append(TensorBoardLogger(run / "tensorboard"))
-    if settings.wandb is not None:
-        resumed = None if start is None else read_run_id(start)
-        optional.append(WandbLogger(settings.wandb, settings.to_json(), run, resume_id=resumed))
-    return Loggers([JsonlLogger(run / "metrics.jsonl")], optional)
+    about = LoggedRun(run, settings.to_json(), None if start is None else read_run_id(start))
+    return Loggers([JsonlLogger(run / "metrics.jsonl")], [cfg.make(about) for cfg in settings.chosen_loggers])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
+from lm_saes.choices import Choice, OpenConfig, one_of
 from lm_saes.config import BaseConfig
 from lm_saes.data.factory import ActivationFactoryConfig
 from lm_saes.data.factory_config import ActivationFactoryDatasetSource, ActivationFactoryTarget
@@ -23,13 +24,18 @@ from lm_saes.evaluation.evaluator import EvalConfig
 from lm_saes.initializer import InitializerConfig
 from lm_saes.models.base import LanguageModelConfig
 from lm_saes.training.config import TrainerConfig
-from lm_saes.training.loggers.wandb import WandbConfig
+from lm_saes.training.loggers import LoggerConfig, WandbConfig
 
 
-class TrainSettings(BaseConfig):
+def _known_logger(name: str) -> str:
+    return one_of(name, [name for name, kind in LoggerConfig.registry.items() if not kind.by_table_only])
+
+
+class TrainSettings(OpenConfig):
     """What every training run has; a kind adds the settings of its dictionary as `sae`."""
 
     kinds: ClassVar[dict[str, type[TrainSettings]]] = {}
+    tables: ClassVar[type[Choice] | None] = LoggerConfig
 
     sae: BaseSAEConfig
     """The dictionary."""
@@ -63,14 +69,22 @@ class TrainSettings(BaseConfig):
     """Fixes initialisation, order of the data and shuffling."""
     resume: bool = False
     """Go on from the newest checkpoint in `trainer.exp_result_path`."""
-    loggers: list[Literal["console", "tensorboard"]] = Field(default=["console"])
+    loggers: list[Annotated[str, AfterValidator(_known_logger)]] = Field(default=["console"])
     """Where reports go besides `metrics.jsonl` (and W&B, if `wandb` is set)."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
         config = cls.model_fields["sae"].annotation
         if isinstance(config, type) and issubclass(config, BaseSAEConfig):
             TrainSettings.kinds[config.model_fields["sae_type"].default] = cls
+
+    @property
+    def chosen_loggers(self) -> list[LoggerConfig]:
+        """The loggers that are named, or have a table, each with its settings."""
+        tables = {name: getattr(self, name, None) for name in LoggerConfig.registry}
+        wanted = [name for name, table in tables.items() if name in self.loggers or table is not None]
+        return [tables[name] or LoggerConfig.find(name)() for name in wanted]
 
     @property
     def mesh_sizes(self) -> dict[str, int]:

@@ -110,7 +110,7 @@ class TrainerConfig(
     @field_validator("optimizer_class", "lr_scheduler_name")
     @classmethod
     def _known_name(cls, value: str, info: ValidationInfo) -> str:
-        return one_of(value, cls.choices[str(info.field_name)])
+        return one_of(value, cls.choices[str(info.field_name)].registry)
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> TrainerConfig:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from lm_saes.choices import Choice
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +32,30 @@ class Logger(Protocol):
     def close(self, summary: Mapping[str, float]) -> None:
         """End the run with its final metrics; empty for a run that failed. May come without `start`."""
         ...
+
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """What a logger is told of its run before it starts."""
+
+    directory: Path
+    settings: dict[str, Any]
+    """All of the run's, as JSON values."""
+    resumed_id: str | None = None
+    """The W&B run that an earlier part of a resumed run went to."""
+
+
+class LoggerConfig(Choice):
+    """A logger that `loggers` may name; its settings stand in a table of its name, which alone switches it on, too."""
+
+    registry: ClassVar[dict[str, type[LoggerConfig]]] = {}
+    noun = "logger"
+    by_table_only: ClassVar[bool] = False
+    """Whether its table alone switches it on."""
+
+    @abstractmethod
+    def make(self, run: LoggedRun) -> Logger:
+        """The logger of a run."""
 
 
 class Loggers:

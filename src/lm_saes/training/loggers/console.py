@@ -13,9 +13,20 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
+from lm_saes.training.loggers.base import LoggedRun, LoggerConfig
+
 _ROWS_PER_HEADING = 20
 _DOWNSTREAM = "metrics/downstream_"
 _LEGEND = "l_rec reconstruction loss, L0 latents active per token, EV explained variance"
+
+
+class ConsoleConfig(LoggerConfig):
+    """The terminal."""
+
+    name = "console"
+
+    def make(self, run: LoggedRun) -> ConsoleLogger:
+        return ConsoleLogger()
 
 
 class ConsoleLogger:

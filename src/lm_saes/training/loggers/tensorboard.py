@@ -7,9 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm_saes.errors import ConfigError
+from lm_saes.training.loggers.base import LoggedRun, LoggerConfig
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
+
+
+class TensorBoardConfig(LoggerConfig):
+    """TensorBoard's event files, in the run's directory."""
+
+    name = "tensorboard"
+
+    def make(self, run: LoggedRun) -> TensorBoardLogger:
+        return TensorBoardLogger(run.directory / "tensorboard")
 
 
 class TensorBoardLogger:

@@ -6,15 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lm_saes.config import BaseConfig
 from lm_saes.errors import ConfigError
+from lm_saes.training.loggers.base import LoggedRun, LoggerConfig
 
 if TYPE_CHECKING:
     from wandb import Run
 
 
-class WandbConfig(BaseConfig):
+class WandbConfig(LoggerConfig):
     """Which W&B run a training run is shown in."""
+
+    name = "wandb"
+    by_table_only = True
 
     wandb_project: str = "gpt2-sae-training"
     """The W&B project."""
@@ -27,6 +30,9 @@ class WandbConfig(BaseConfig):
     wandb_resume: Literal["allow", "must", "never", "auto"] = "never"
     """What to do when a run with this id exists: go on in it (allow), insist on it (must), refuse (never), or
     go on in this directory's last run if that crashed (auto)."""
+
+    def make(self, run: LoggedRun) -> WandbLogger:
+        return WandbLogger(self, run.settings, run.directory, resume_id=run.resumed_id)
 
 
 class WandbLogger:
