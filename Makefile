@@ -42,7 +42,7 @@ check: $(VENV)/.installed-dev ## lint, formatting, types
 
 test: $(VENV)/.installed-dev ## all tests but the long ones and the browser's
 	@$(BIN)/python -m lm_saes.demo --cache $(DEMO)
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_FLAGS)
 
 test-long: $(VENV)/.installed-dev ## the tests that take minutes each
 	@$(BIN)/python -m lm_saes.demo --cache $(DEMO)

@@ -14,7 +14,7 @@ from lm_saes.axes.axis import Axes, Axis
 from lm_saes.data.peek import peekable
 from lm_saes.training.pace import Pace
 
-from ..parallel.threads import together
+from ..axes.threads import together
 
 
 def pace(axis: Axis, n_batches: int, total: int = 9, since: float = 0.0, **cfg: Any) -> Pace:

@@ -9,8 +9,8 @@ from lm_saes.latents.encode.given import select
 from lm_saes.latents.selection import selector
 from lm_saes.latents.selection.selector import Selector
 
-from ..dictionaries.twin import ACT_FNS
-from .problems import activation
+from ...dictionaries.twin import ACT_FNS
+from ..problems import activation
 
 
 class Problem:

@@ -21,8 +21,8 @@ from lm_saes.models.load import load_language_model
 from lm_saes.storage import manifest
 from lm_saes.training.checkpoint import saved_steps
 
-from ..conftest import Run
-from ..tiny_run import HOOK, make_place, reading, training
+from ...conftest import Run
+from ...tiny_run import HOOK, make_place, reading, training
 
 
 @pytest.fixture(scope="module")

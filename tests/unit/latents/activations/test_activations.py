@@ -14,7 +14,7 @@ from lm_saes.latents.encode.linear import LinearEncoder, encode
 from lm_saes.latents.selection.budget import SearchByBudget
 from lm_saes.latents.selection.selector import Selector
 
-from .problems import Problem, activation
+from ..problems import Problem, activation
 
 both = pytest.mark.parametrize("dense", [False, True])
 

@@ -104,8 +104,8 @@ def measure(directory: str) -> None:
 def test_memory_for_a_block_is_enough(tmp_path: Path) -> None:
     save_in_parts(dictionary(512, 16384), tmp_path)  # two matrices of 32 MiB
     done = subprocess.run(
-        [sys.executable, "-c", f"from tests.unit.test_export import measure; measure({str(tmp_path)!r})"],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
+        [sys.executable, "-c", f"from tests.unit.storage.test_merge import measure; measure({str(tmp_path)!r})"],
+        cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True,
     )  # fmt: skip
     exporting, loading = map(int, done.stdout.split())
     assert exporting < 34 * MIB and loading > 60 * MIB  # a matrix and a block; both matrices

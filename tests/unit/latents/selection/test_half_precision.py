@@ -14,8 +14,8 @@ from lm_saes.latents.selection.scores import Scores
 from lm_saes.latents.selection.selector import Selector
 from lm_saes.latents.selection.strategies import precision
 
-from .problems import activation
-from .test_screening import problem
+from ..problems import activation
+from .test_screened import problem
 
 KINDS = ["plain", "shifted", "outlier", "negative", "few positive", "twins"]
 SIZES = [(1040, 16), (40, 4), (1000, 4), (520, 520), (9, 16)]  # groups, too few for groups, a remainder, all, too many

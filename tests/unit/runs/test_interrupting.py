@@ -20,7 +20,7 @@ from lm_saes.storage.verify import verify
 from lm_saes.training.checkpoint import saved_steps
 from lm_saes.training.signals import stopping
 
-from ..kills import ROOT, assert_same, make_cache, settings
+from ...kills import ROOT, assert_same, make_cache, settings
 
 Start = Callable[..., subprocess.Popen[str]]
 

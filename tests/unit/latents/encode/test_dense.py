@@ -12,7 +12,7 @@ from lm_saes.latents.encode.hidden import Hidden
 from lm_saes.latents.encode.linear import LinearEncoder
 from lm_saes.latents.selection.selector import Selector
 
-from .problems import Problem
+from ..problems import Problem
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from lm_saes.latents.selection.screened import batch_screened, top_screened
 from lm_saes.latents.selection.selector import Selector
 from lm_saes.latents.selection.strategies import precision
 
-from .problems import activation
+from ..problems import activation
 
 
 def problem(kind: str, n_tokens: int = 300, width: int = 45, n_latents: int = 1040) -> tuple[Tensor, Tensor, Tensor]:

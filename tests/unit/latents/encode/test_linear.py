@@ -11,8 +11,8 @@ from lm_saes.latents.selection.search import Chosen, SearchByRule
 from lm_saes.latents.selection.selector import Selector
 from lm_saes.latents.selection.wants import Judged
 
-from ..dictionaries.twin import ACT_FNS
-from .problems import Problem, activation
+from ...dictionaries.twin import ACT_FNS
+from ..problems import Problem, activation
 
 
 @pytest.mark.parametrize("rows_per_block", [1, 3, 5, 1000])  # 13 tokens: the last block is short

@@ -25,7 +25,7 @@ from lm_saes.errors import CheckpointError, ConfigError
 from lm_saes.runs.runners import evaluate_from_config, generate_from_config, train_from_config
 from lm_saes.training.checkpoint import saved_steps
 
-from ..tiny_run import HOOK, KINDS, make_place, reading, training, training_of
+from ...tiny_run import HOOK, KINDS, make_place, reading, training, training_of
 
 FILES = {
     "config.json", "sae_weights.safetensors", "settings.json", "metrics.jsonl", "provenance.json", "evaluation.json",
