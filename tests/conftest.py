@@ -55,6 +55,7 @@ def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers by defining it is gone after it."""
     from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
     from lm_saes.dictionaries.config import BaseSAEConfig
+    from lm_saes.initialization import InitializationStep
     from lm_saes.latents.activations import ActivationFunction
     from lm_saes.losses.sparsity import SparsityLoss
     from lm_saes.metrics import Metric
@@ -69,7 +70,10 @@ def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
         (AbstractSparseAutoEncoder, "kinds"),
         (BaseSAEConfig, "registry"),
         (TrainSettings, "kinds"),
-        *((family, "registry") for family in (SparsityLoss, OptimizerChoice, RateSchedule, LoggerConfig)),
+        *(
+            (family, "registry")
+            for family in (SparsityLoss, OptimizerChoice, RateSchedule, LoggerConfig, InitializationStep)
+        ),
     ]
     for owner, name in registries:
         monkeypatch.setattr(owner, name, dict(getattr(owner, name)))

@@ -60,6 +60,8 @@ class OpenConfig(BaseConfig):
     model_config = ConfigDict(extra="allow")
     choices: ClassVar[Mapping[str, type[Choice]]] = {}
     """Settings that name a member of a family."""
+    parts: ClassVar[type[Choice] | None] = None
+    """A family all of whose members read this config."""
     tables: ClassVar[type[Choice] | None] = None
     """A family of which each member's settings stand in a table of its name."""
 
@@ -71,7 +73,7 @@ class OpenConfig(BaseConfig):
     @classmethod
     def read_by_choices(cls) -> Iterator[tuple[type[Choice], str, FieldInfo]]:
         """Every setting of every class that may be chosen."""
-        for family in cls.choices.values():
+        for family in (*cls.choices.values(), *([] if cls.parts is None else [cls.parts])):
             for kind in family.registry.values():
                 yield from ((kind, name, field) for name, field in kind.model_fields.items())
 
@@ -83,18 +85,28 @@ class OpenConfig(BaseConfig):
         name = getattr(self, setting)
         if name is None:
             return None
-        kind = self.choices[setting].find(name)
-        there = {*type(self).model_fields, *(self.__pydantic_extra__ or ())}
-        return kind.model_validate({name: getattr(self, name) for name in there.intersection(kind.model_fields)})
+        return self._as(self.choices[setting].find(name))
+
+    def all_parts(self) -> list[Any]:
+        """The members of `parts`, each with the settings that it reads."""
+        return [] if self.parts is None else [self._as(kind) for kind in self.parts.registry.values()]
+
+    def _as(self, kind: type[Choice]) -> Any:
+        """A member with those of these settings that were given and that it reads."""
+        return kind.model_validate({n: getattr(self, n) for n in kind.model_fields if n in self.model_fields_set})
 
     @model_validator(mode="after")
     def _take_in_choices(self, info: ValidationInfo) -> Self:
         extra = self.__pydantic_extra__ or {}
-        for setting, family in self.choices.items():
-            try:
-                choice = self.chosen(setting)
-            except ValidationError as error:
-                raise ValueError(describe(error, extra)) from error
+        try:
+            choices = {setting: self.chosen(setting) for setting in self.choices}
+            parts = self.all_parts()
+        except ValidationError as error:
+            raise ValueError(describe(error, extra)) from error
+        for part in parts:
+            extra |= {n: getattr(part, n) for n in type(part).model_fields if n not in type(self).model_fields}
+        for setting, choice in choices.items():
+            family = self.choices[setting]
             read = set() if choice is None else set(type(choice).model_fields)
             for name, readers in _readers(family).items():
                 if name not in read:

@@ -15,7 +15,7 @@ from lm_saes.config import build
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.errors import ConfigError
-from lm_saes.initializer import OPTIONAL, Initializer, InitializerConfig
+from lm_saes.initializer import Initializer, InitializerConfig
 from lm_saes.models.base import LanguageModel
 
 from ..unit.dictionaries.test_lorsa_attention import language_model
@@ -105,7 +105,6 @@ def test_every_kind_and_every_setting_is_here() -> None:
     assert {settings["sae_type"] for settings in CONFIGS.values()} == own
     shared = {"d_active_subspace", "model_layer"}  # read by the settings that need them
     assert set(SETTINGS) | shared == set(InitializerConfig.model_fields)
-    assert set(OPTIONAL) <= set(SETTINGS)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
