@@ -199,12 +199,17 @@ def settings(
     command: Annotated[
         Command, typer.Argument(metavar="COMMAND", help="The command whose settings to print.")
     ] = Command.train,
+    kind: Annotated[
+        str | None,
+        typer.Option("--kind", metavar="KIND", help="A kind of dictionary, such as clt."),
+    ] = None,
 ) -> None:
     """Print every setting with its type, default and meaning.
 
     \b
     Examples:
       lm-saes settings
+      lm-saes settings train --kind clt
       lm-saes settings evaluate
       lm-saes settings train | grep -A2 trainer.lr
     """
@@ -213,10 +218,14 @@ def settings(
         import textwrap
 
         from lm_saes import runners
+        from lm_saes.errors import ConfigError
         from lm_saes.runs.listing import known_settings
 
+        if kind is not None and command != Command.train:
+            raise ConfigError(f"--kind {kind}: only train has settings of a kind; remove it")
+        listed = getattr(runners, _SETTINGS_OF[command]) if kind is None else runners.train_settings_class(kind)
         width = min(shutil.get_terminal_size().columns, 120)
-        for path, kind, default, description in known_settings(getattr(runners, _SETTINGS_OF[command])):
+        for path, kind, default, description in known_settings(listed):
             typer.echo(f"{path}: {kind}" + (" (required)" if default == "required" else f" = {default}"))
             if description:
                 typer.echo(textwrap.fill(description, width, initial_indent="    ", subsequent_indent="    "))

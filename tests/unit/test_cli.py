@@ -187,6 +187,7 @@ def one_error_line(result: tuple[int, str, str]) -> str:
         (["trian", "{tmp}/run.toml"], "No such command 'trian'. Did you mean 'train'?"),
         (["train", "{tmp}/run.toml", "--rsume"], "No such option: --rsume"),
         (["train"], "Missing argument 'CONFIG'. (see lm-saes --help)"),
+        (["settings", "generate", "--kind", "clt"], "--kind clt: only train has settings of a kind; remove it"),
         (["settings", "tests"], "'tests' is not one of 'train', 'generate', 'evaluate'"),
     ],
 )
