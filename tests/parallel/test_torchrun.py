@@ -6,8 +6,6 @@ import json
 import math
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lm_saes import cli
 from lm_saes.storage.merge import export
 from lm_saes.training.checkpoint import saved_steps
 
-from ..kills import ROOT, make_cache, settings
+from ..kills import make_cache, settings
 from ..tiny_run import make_place
 from .launching import Launch
 
@@ -47,8 +46,8 @@ def config(place: Path, name: str, case: str, mesh: tuple[int, ...], steps: int 
 def train(file: Path, n: int, resume: bool = False) -> list[str]:
     """Train what a config says, by n processes; what they told."""
     options = ["--resume"] if resume else []
-    if n == 1:
-        subprocess.run([sys.executable, "-m", "lm_saes", "train", str(file), *options], cwd=ROOT, check=True)
+    if n == 1:  # in this process, which has everything imported
+        cli.app(["train", str(file), *options], standalone_mode=False)
         return []
     launch = Launch(n, [str(file), *options], file.with_suffix(".log"))
     assert launch.wait() == 0, launch.output()
