@@ -25,6 +25,12 @@ if sys.platform == "linux":
 Run = Callable[..., tuple[int, str, str]]
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what is worth keeping in one worker; of what others take over, the small tests come first."""
+    items.sort(key=lambda item: "parallel" not in item.path.relative_to(ROOT).parts[:2])
+
+
 @pytest.fixture(scope="session")
 def demo() -> None:
     """The quick start's model and text where the examples look for them; fetched if they are not there yet."""

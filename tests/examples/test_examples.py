@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.toml"))
 QUICK_START = ["quickstart", "quickstart-activations", "quickstart-evaluate"]
 STEPS, CONTEXT = 5, 64
-SMALL_EVALUATION = {"eval.max_tokens": 512, "eval.downstream_tokens": 128, "eval.context_size": CONTEXT}
+SMALL_EVALUATION = {"eval.max_tokens": 256, "eval.downstream_tokens": 128, "eval.context_size": CONTEXT}
 
 pytestmark = pytest.mark.usefixtures("demo")
 Command = Callable[..., str]
@@ -55,7 +55,7 @@ def five_steps(example: str, run: Path) -> dict[str, Any]:
     document = read_document(ROOT / "examples" / f"{example}.toml")
     changes: dict[str, Any] = {"trainer.exp_result_path": run, "trainer.log_frequency": 1, **SMALL_EVALUATION}
     if document["activation_factory"]["target"] == "activations-1d":
-        changes |= {"activation_factory.batch_size": 128, "activation_factory.buffer_size": 1024}
+        changes |= {"activation_factory.batch_size": 128, "activation_factory.buffer_size": 512}
     else:
         changes |= {"activation_factory.batch_size": 128 // CONTEXT}
     if "context_size" in document["activation_factory"]:
