@@ -27,7 +27,7 @@ from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.machine import keep_freed_memory
 from lm_saes.models.base import LanguageModel
 from lm_saes.models.load import load_language_model
-from lm_saes.runs.runners import train_settings_class
+from lm_saes.runners import train_settings_class
 from lm_saes.runs.settings import TrainSettings, held_out
 
 EXAMPLES = {"sae": "sae-topk"}

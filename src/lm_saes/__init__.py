@@ -39,20 +39,20 @@ if TYPE_CHECKING:
     from lm_saes.models.huggingface import HuggingFaceLanguageModel as HuggingFaceLanguageModel
     from lm_saes.models.load import load_language_model as load_language_model
     from lm_saes.models.transformer_lens import TransformerLensLanguageModel as TransformerLensLanguageModel
-    from lm_saes.runs.runners import EvaluateSAESettings as EvaluateSAESettings
-    from lm_saes.runs.runners import GenerateActivationsSettings as GenerateActivationsSettings
-    from lm_saes.runs.runners import TrainCLTSettings as TrainCLTSettings
-    from lm_saes.runs.runners import TrainCrossCoderSettings as TrainCrossCoderSettings
-    from lm_saes.runs.runners import TrainLorsaSettings as TrainLorsaSettings
-    from lm_saes.runs.runners import TrainMOLTSettings as TrainMOLTSettings
-    from lm_saes.runs.runners import TrainSAESettings as TrainSAESettings
-    from lm_saes.runs.runners import evaluate_sae as evaluate_sae
-    from lm_saes.runs.runners import generate_activations as generate_activations
-    from lm_saes.runs.runners import train_clt as train_clt
-    from lm_saes.runs.runners import train_crosscoder as train_crosscoder
-    from lm_saes.runs.runners import train_lorsa as train_lorsa
-    from lm_saes.runs.runners import train_molt as train_molt
-    from lm_saes.runs.runners import train_sae as train_sae
+    from lm_saes.runners import EvaluateSAESettings as EvaluateSAESettings
+    from lm_saes.runners import GenerateActivationsSettings as GenerateActivationsSettings
+    from lm_saes.runners import TrainCLTSettings as TrainCLTSettings
+    from lm_saes.runners import TrainCrossCoderSettings as TrainCrossCoderSettings
+    from lm_saes.runners import TrainLorsaSettings as TrainLorsaSettings
+    from lm_saes.runners import TrainMOLTSettings as TrainMOLTSettings
+    from lm_saes.runners import TrainSAESettings as TrainSAESettings
+    from lm_saes.runners import evaluate_sae as evaluate_sae
+    from lm_saes.runners import generate_activations as generate_activations
+    from lm_saes.runners import train_clt as train_clt
+    from lm_saes.runners import train_crosscoder as train_crosscoder
+    from lm_saes.runners import train_lorsa as train_lorsa
+    from lm_saes.runners import train_molt as train_molt
+    from lm_saes.runners import train_sae as train_sae
     from lm_saes.trainer import Trainer as Trainer
     from lm_saes.training.config import TrainerConfig as TrainerConfig
     from lm_saes.training.loggers.wandb import WandbConfig as WandbConfig
@@ -74,9 +74,9 @@ _MODULE_OF = {
     "CrossLayerTranscoder": "lm_saes.dictionaries.clt",
     "DatasetConfig": "lm_saes.data.text",
     "EvalConfig": "lm_saes.evaluation.evaluator",
-    "EvaluateSAESettings": "lm_saes.runs.runners",
+    "EvaluateSAESettings": "lm_saes.runners",
     "Evaluator": "lm_saes.evaluation.evaluator",
-    "GenerateActivationsSettings": "lm_saes.runs.runners",
+    "GenerateActivationsSettings": "lm_saes.runners",
     "HuggingFaceLanguageModel": "lm_saes.models.huggingface",
     "Initializer": "lm_saes.initializer",
     "InitializerConfig": "lm_saes.initializer",
@@ -88,24 +88,24 @@ _MODULE_OF = {
     "MixtureOfLinearTransform": "lm_saes.dictionaries.molt",
     "SAEConfig": "lm_saes.dictionaries.sae",
     "SparseAutoEncoder": "lm_saes.dictionaries.sae",
-    "TrainCLTSettings": "lm_saes.runs.runners",
-    "TrainCrossCoderSettings": "lm_saes.runs.runners",
-    "TrainLorsaSettings": "lm_saes.runs.runners",
-    "TrainMOLTSettings": "lm_saes.runs.runners",
-    "TrainSAESettings": "lm_saes.runs.runners",
+    "TrainCLTSettings": "lm_saes.runners",
+    "TrainCrossCoderSettings": "lm_saes.runners",
+    "TrainLorsaSettings": "lm_saes.runners",
+    "TrainMOLTSettings": "lm_saes.runners",
+    "TrainSAESettings": "lm_saes.runners",
     "Trainer": "lm_saes.trainer",
     "TrainerConfig": "lm_saes.training.config",
     "TransformerLensLanguageModel": "lm_saes.models.transformer_lens",
     "WandbConfig": "lm_saes.training.loggers.wandb",
-    "evaluate_sae": "lm_saes.runs.runners",
-    "generate_activations": "lm_saes.runs.runners",
+    "evaluate_sae": "lm_saes.runners",
+    "generate_activations": "lm_saes.runners",
     "load_dataset": "lm_saes.data.text",
     "load_language_model": "lm_saes.models.load",
-    "train_clt": "lm_saes.runs.runners",
-    "train_crosscoder": "lm_saes.runs.runners",
-    "train_lorsa": "lm_saes.runs.runners",
-    "train_molt": "lm_saes.runs.runners",
-    "train_sae": "lm_saes.runs.runners",
+    "train_clt": "lm_saes.runners",
+    "train_crosscoder": "lm_saes.runners",
+    "train_lorsa": "lm_saes.runners",
+    "train_molt": "lm_saes.runners",
+    "train_sae": "lm_saes.runners",
 }
 
 __all__ = list(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]

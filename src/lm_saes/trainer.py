@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from lm_saes.axes.together import by_first
 from lm_saes.data.batch import Batch
 from lm_saes.data.peek import Peekable, Stateful, peekable
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
@@ -140,10 +139,10 @@ class Trainer(RunAttributes):
 
     def _prepare(self, sae: AbstractSparseAutoEncoder, stream: Peekable) -> Run:
         everyone = sae.axes.everywhere
-        if self._run is None and self.cfg.from_pretrained_path is not None:
-            self.go_on_from(sae, checkpoint.find_checkpoint(self.cfg.from_pretrained_path, everyone))
         if self._run is None or self._source is not None:
-            by_first(everyone, lambda: resume.refuse_older_run(self.cfg.exp_result_path, self._source))
+            start = resume.where_to_begin(self.cfg, sae.cfg, everyone, found=self._source)
+            if self._run is None and start is not None:
+                self.go_on_from(sae, start)
             self._source = None
         checkpoint.sweep(self.cfg.exp_result_path, everyone)
         if self._stream_state is not None and isinstance(stream, Stateful):
@@ -179,7 +178,7 @@ class Trainer(RunAttributes):
         return ended_early
 
     def go_on_from(self, sae: AbstractSparseAutoEncoder, directory: Path) -> None:
-        """Put trainer and dictionary back to a checkpoint that `find_checkpoint` found: it is not verified again."""
+        """Put trainer and dictionary back to a checkpoint that has been verified: it is not verified again."""
         found = resume.load(self.cfg, sae, directory)
         self._source = directory
         self._run, self._stream_state, self.wandb_run_id = found.run, found.stream_state, found.wandb_run_id

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lm_saes.config import build
-from lm_saes.runs.runners import GenerateActivationsSettings, generate_activations, train_from_config
+from lm_saes.runners import GenerateActivationsSettings, generate_activations, train_from_config
 
 from ..tiny_run import HOOK, KINDS, make_place, reading, training, training_of
 

@@ -27,7 +27,7 @@ from lm_saes.latents.selection import strategies
 from lm_saes.latents.selection.selector import Selector
 from lm_saes.latents.selection.wants import BestOfBatch, BestPerToken, Judged
 from lm_saes.losses.sparsity import SparsityLoss
-from lm_saes.runs.runners import train_settings_class
+from lm_saes.runners import train_settings_class
 from lm_saes.trainer import Trainer, TrainerConfig
 
 from . import toy

@@ -27,7 +27,7 @@ from lm_saes.errors import LMSaesError
 from lm_saes.models.base import LanguageModelConfig
 from lm_saes.models.load import load_language_model
 from lm_saes.report.report import write_report
-from lm_saes.runs.runners import evaluate_from_config, train_from_config
+from lm_saes.runners import evaluate_from_config, train_from_config
 from lm_saes.storage.manifest import write_manifest
 
 from ..conftest import Run

@@ -27,7 +27,7 @@ from lm_saes.initialization import InitializationStep, Start
 from lm_saes.initializer import Initializer, InitializerConfig
 from lm_saes.latents.record import Record
 from lm_saes.losses.sparsity import SparsityLoss
-from lm_saes.runs.runners import train_from_config
+from lm_saes.runners import train_from_config
 from lm_saes.trainer import Trainer, TrainerConfig
 from lm_saes.training.loggers import LoggedRun, Logger, LoggerConfig
 from lm_saes.training.optimizers import OptimizerChoice

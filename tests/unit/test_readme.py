@@ -19,7 +19,7 @@ import lm_saes
 from lm_saes import cli
 from lm_saes.config import BaseConfig, apply_overrides, build, read_document
 from lm_saes.errors import ConfigError
-from lm_saes.runs.runners import train_settings_class
+from lm_saes.runners import train_settings_class
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, create_model, model_validator
 
 from lm_saes.choices import Choice, OpenConfig, one_of
 from lm_saes.config import BaseConfig
@@ -164,6 +164,14 @@ class TrainLorsaSettings(TrainSettings):
         if size is not None and size > longest:
             raise ValueError(f"sae.n_ctx={longest}: below activation_factory.context_size={size}; raise it to {size}")
         return self
+
+
+def train_settings_class(sae_type: Any) -> type[TrainSettings]:
+    """The settings of a training run for a kind of dictionary; made on the spot for a kind that brings none."""
+    config = BaseSAEConfig.kind(sae_type)
+    if sae_type not in TrainSettings.kinds:
+        create_model("TrainSettings", __base__=TrainSettings, sae=(config, ...))  # registers itself
+    return TrainSettings.kinds[sae_type]
 
 
 class GenerateActivationsSettings(BaseConfig):

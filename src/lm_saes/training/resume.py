@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lm_saes.axes.axis import ALONE, Axis
 from lm_saes.axes.differences import differences
+from lm_saes.axes.together import by_first
 from lm_saes.config import LENIENT, describe
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
@@ -18,6 +21,8 @@ from lm_saes.errors import CheckpointError, ConfigError
 from lm_saes.training import checkpoint
 from lm_saes.training.config import TrainerConfig
 from lm_saes.training.run import Run
+
+log = logging.getLogger(__name__)
 
 MAY_CHANGE = frozenset({
     "total_training_tokens", "log_frequency", "eval_frequency", "feature_sampling_window", "n_checkpoints",
@@ -28,6 +33,60 @@ MAY_CHANGE = frozenset({
 _NO_EFFECT = frozenset({
     "use_triton_kernel", "sparsity_threshold_for_triton_spmm_kernel", "decode_with_csr", "sparsity_threshold_for_csr",
 })  # fmt: skip
+
+
+def where_to_begin(
+    trainer: TrainerConfig,
+    sae: BaseSAEConfig,
+    everyone: Axis = ALONE,
+    *,
+    resume: bool = False,
+    again: bool = False,
+    found: Path | None = None,
+) -> Path | None:
+    """The checkpoint that a run goes on from; None: a new run begins, at step 0.
+
+    This alone decides it, for commands and for trainers: a run that is resumed goes on from its newest whole
+    checkpoint; one that was killed before its first begins again; any other begins where `from_pretrained_path` says,
+    and never in a directory that holds another run.
+
+    Args:
+        everyone: the processes of the run, which come to the same answer.
+        resume: whether the run in `exp_result_path` is to be gone on with.
+        again: whether its processes were started again after a failure: where it was begun from is behind then.
+        found: a checkpoint that has been found, and compared with its manifest, already.
+
+    Raises:
+        ConfigError: the directory holds another run.
+        CheckpointError: no whole checkpoint is there, or it was made with other settings.
+    """
+    run = Path(trainer.exp_result_path)
+    where = str(found) if found is not None else by_first(everyone, lambda: _place(trainer, run, resume, again))
+    if where is None:
+        by_first(everyone, lambda: refuse_older_run(run))
+        return None
+    start = found or checkpoint.find_checkpoint(where, everyone)
+
+    def refuse() -> None:
+        refuse_older_run(run, start)
+        refuse_changes(start, sae, trainer)
+
+    by_first(everyone, refuse)
+    return start
+
+
+def _place(trainer: TrainerConfig, run: Path, resume: bool, again: bool) -> str | None:
+    """Where to look for a checkpoint: a step's directory or a run's; None: nowhere."""
+    given = trainer.from_pretrained_path
+    if not (resume or again):
+        return given
+    checkpoint.put_back(run)
+    if again and checkpoint.all_steps(run):
+        return str(run)
+    if given is None and (run / "settings.json").exists() and not checkpoint.all_steps(run):
+        log.warning("%s: was stopped before its first checkpoint; it starts at step 0", run)
+        return None
+    return str(run) if given is None else given
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from lm_saes import (
 )
 from lm_saes.config import build
 from lm_saes.errors import CheckpointError, ConfigError
-from lm_saes.runs.runners import evaluate_from_config, generate_from_config, train_from_config
+from lm_saes.runners import evaluate_from_config, generate_from_config, train_from_config
 from lm_saes.training.checkpoint import saved_steps
 
 from ...tiny_run import HOOK, KINDS, make_place, reading, training, training_of
@@ -123,7 +123,7 @@ def test_a_run_that_failed_is_resumed_bit_for_bit(
 ) -> None:
     whole, _ = trained
     with monkeypatch.context() as patch:
-        patch.setattr("lm_saes.runs.runners._HeldOut.__call__", lambda self, sae: 1 / 0)
+        patch.setattr("lm_saes.runs.evaluate.HeldOut.__call__", lambda self, sae: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(training(place, tmp_path, eval_frequency=9))
     assert list(saved_steps(tmp_path)) == [6] and [row["step"] for row in rows(tmp_path)] == [4, 8]
