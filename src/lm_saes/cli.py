@@ -158,7 +158,7 @@ def verify(
       lm-saes verify results/quickstart/checkpoints/step_733
     """
     with _mistakes_in_one_line():
-        from lm_saes.storage.verify import verify as look
+        from lm_saes.training.verify import verify as look
 
         wrong, n_files, n_directories = look(directory)
         for line in wrong:
@@ -189,7 +189,7 @@ def export(
       lm-saes export results/run/checkpoints/step_733 --out shared/sae_weights.safetensors
     """
     with _mistakes_in_one_line():
-        from lm_saes.storage.merge import export as write
+        from lm_saes.dictionaries.merge import export as write
 
         typer.echo(f"weights: {write(directory, out)}")
 

@@ -22,13 +22,14 @@ from lm_saes.config import build, read_document
 from lm_saes.data.activity import Activity
 from lm_saes.data.cache import ActivationCache, CachedSource
 from lm_saes.data.text import DatasetConfig, load_dataset
-from lm_saes.dictionaries.files import load_tensors, load_weights
+from lm_saes.dictionaries.weight_files import load_weights
 from lm_saes.errors import LMSaesError
 from lm_saes.models.base import LanguageModelConfig
 from lm_saes.models.load import load_language_model
 from lm_saes.report.report import write_report
 from lm_saes.runners import evaluate_from_config, train_from_config
 from lm_saes.storage.manifest import write_manifest
+from lm_saes.storage.tensors import load_tensors
 
 from ..conftest import Run
 from ..tiny_run import HOOK

@@ -18,10 +18,6 @@ ELSEWHERE = {
     ("data/text.py", "_fingerprint"): "datasets says nowhere else what a data set was made from",
     ("parallel/launch.py", "_exit"): "documented by os, underscore and all",
 }
-NOT_YET = {
-    "parallel/sharding.py",
-}
-"""Files that are to go through `torch_private` (a module's tensors: through `setattr`)."""
 
 
 def is_private(name: str) -> bool:
@@ -73,15 +69,10 @@ def test_private_interfaces_are_named_in_one_file() -> None:
     found = [
         use
         for file in sorted(PACKAGE.rglob("*.py"))
-        if (path := file.relative_to(PACKAGE).as_posix()) != HOME and path not in NOT_YET
+        if (path := file.relative_to(PACKAGE).as_posix()) != HOME
         for use in private_uses(path, file.read_text(encoding="utf-8"))
     ]
     assert found == []
-
-
-@pytest.mark.parametrize("path", sorted(NOT_YET))
-def test_files_that_are_listed_still_need_it(path: str) -> None:
-    assert list(private_uses(path, (PACKAGE / path).read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize(

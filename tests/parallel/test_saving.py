@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from lm_saes.cli import app
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.errors import CheckpointError
-from lm_saes.storage.verify import verify
 from lm_saes.training.checkpoint import find_checkpoint
+from lm_saes.training.verify import verify
 
 from .conftest import Pools
 from .test_same_numbers import assert_same, losses_of

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from lm_saes import cli
-from lm_saes.storage.merge import export
+from lm_saes.dictionaries.merge import export
 from lm_saes.training.checkpoint import saved_steps
 
 from ..kills import make_cache, settings

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lm_saes import Initializer, InitializerConfig, Trainer, TrainerConfig
+from lm_saes.axes.cuts import runs_of
 from lm_saes.data.batch import Batch
 from lm_saes.data.peek import peekable
 from lm_saes.data.share import share
@@ -23,7 +24,6 @@ from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
 from lm_saes.evaluation.evaluator import EvalConfig, Evaluator, numbers
 from lm_saes.parallel.mesh import axes_of
-from lm_saes.parallel.sharding import runs_of
 from lm_saes.training.pace import Pace
 from lm_saes.training.run import Run
 from lm_saes.training.update import update

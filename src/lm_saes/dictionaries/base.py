@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from lm_saes.axes.axis import Axes
+from lm_saes.dictionaries.building import build_part
 from lm_saes.dictionaries.config import BaseSAEConfig
-from lm_saes.dictionaries.files import Stored, read_k, read_provenance
+from lm_saes.dictionaries.files import Stored
 from lm_saes.dictionaries.forward import ForwardPass
 from lm_saes.dictionaries.initializing import Initializing
 from lm_saes.dictionaries.loss_result import LossResult
+from lm_saes.dictionaries.weight_files import read_k, read_provenance
 from lm_saes.errors import CheckpointError, ConfigError
 from lm_saes.latents.record import Record
 from lm_saes.losses.dead_latents import DeadList
@@ -83,26 +85,9 @@ class AbstractSparseAutoEncoder(Initializing, ForwardPass, Stored):
     def transform_to_unit_decoder_norm(self) -> None:
         """Bring decoder norms to 1 without changing what the dictionary computes."""
 
-    @abstractmethod
-    def dim_maps(self) -> dict[str, dict[str, int]]:
-        """Which dimension of each parameter is cut along which mesh axis."""
-
-    def file_dim_maps(self) -> dict[str, dict[str, int]]:
-        """The same of each tensor, by its name in files."""
-        return self.dim_maps() | {"selection_norm": {"model": -1}}
-
-    @property
-    def latent_runs(self) -> list[int]:
-        """Lengths of the stretches of all latents that are each cut evenly along the model axis."""
-        return [self.cfg.d_sae]
-
     def draw_uniform(self, weights_FX: Tensor, bound: float) -> None:
         """Draw weights, latents first, uniformly within plus and minus `bound`."""
         self.axes.latents.draw(weights_FX, lambda block: block.uniform_(-bound, bound), self.latent_runs)
-
-    def attach(self, axes: Axes) -> None:
-        """Let latents, batches, and the weights of sites be parts of what these axes cut."""
-        self.axes = axes
 
     # -- losses ----------------------------------------------------------------------------------------------------
 
@@ -204,9 +189,9 @@ class AbstractSparseAutoEncoder(Initializing, ForwardPass, Stored):
             raise ConfigError(f"sae_type={cfg.sae_type!r} is not a {cls.__name__}; use AbstractSparseAutoEncoder")
         if device_mesh is None:
             return kind(cfg).to(cfg.device)
-        from lm_saes.parallel.sharding import build_part
+        from lm_saes.parallel.mesh import axes_of  # only who has a mesh needs torch's distributed modules
 
-        return build_part(kind, cfg, device_mesh)
+        return build_part(kind, cfg, axes_of(device_mesh))
 
     @classmethod
     def from_pretrained(

@@ -19,9 +19,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lm_saes.dictionaries.config import ALL_ACTIVATIONS, BaseSAEConfig
-from lm_saes.dictionaries.files import check_fit
 from lm_saes.dictionaries.rows import active_directions, scale_to, valid_rows
 from lm_saes.dictionaries.sites import SitedDictionary, side_by_side
+from lm_saes.dictionaries.weight_files import check_fit
 from lm_saes.latents.codes import Code
 from lm_saes.latents.encode.hidden import Hidden
 from lm_saes.latents.encode.linear import LayeredEncoder, LinearEncoder

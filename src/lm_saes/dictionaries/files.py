@@ -7,29 +7,39 @@ in use that is not the config's `top_k` (a k schedule that has not ended) is not
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lm_saes.axes.axis import Axes
+from lm_saes.axes.axis import Axes, Axis
+from lm_saes.axes.cuts import cuts_of, held, own_part
+from lm_saes.axes.together import by_first, exchange
 from lm_saes.dictionaries.config import BaseSAEConfig
+from lm_saes.dictionaries.weight_files import (
+    CONFIG,
+    OLD_WEIGHTS,
+    OPTIONAL_KEYS,
+    PROVENANCE,
+    SHARDS,
+    WEIGHTS,
+    K,
+    check_fit,
+    files_to_check,
+    load_weights,
+    weight_files,
+)
 from lm_saes.errors import CheckpointError
+from lm_saes.storage.drafts import save_together
 from lm_saes.storage.files import remove, write_json
-from lm_saes.storage.manifest import MANIFEST, check_file, listed, write_manifest
-from lm_saes.storage.parts import Parts
-from lm_saes.storage.tensors import load_tensors, save_tensors
+from lm_saes.storage.manifest import MANIFEST, check_file, write_manifest
+from lm_saes.storage.parts import Parts, write_parts
+from lm_saes.storage.tensors import save_tensors
 
-CONFIG = "config.json"
-WEIGHTS, SHARDS, OLD_WEIGHTS = "sae_weights.safetensors", "sae_weights.dcp", "sae_weights.pt"
-PROVENANCE = "provenance.json"
-_K = "current_k"
 _NORM_KEY = "dataset_average_activation_norm."
-OPTIONAL_KEYS = frozenset({"activation_function.batch_topk_threshold"})
 
 
 class Stored(nn.Module, ABC):
@@ -46,6 +56,23 @@ class Stored(nn.Module, ABC):
     @abstractmethod
     def current_k(self) -> int | None:
         """The k that the top-k family uses now; None for other activation functions."""
+
+    @abstractmethod
+    def dim_maps(self) -> dict[str, dict[str, int]]:
+        """Which dimension of each parameter is cut along which mesh axis."""
+
+    def file_dim_maps(self) -> dict[str, dict[str, int]]:
+        """The same of each tensor, by its name in files."""
+        return self.dim_maps() | {"selection_norm": {"model": -1}}
+
+    @property
+    def latent_runs(self) -> list[int]:
+        """Lengths of the stretches of all latents that are each cut evenly along the model axis."""
+        return [self.cfg.d_sae]
+
+    def attach(self, axes: Axes) -> None:
+        """Let latents, batches, and the weights of sites be parts of what these axes cut."""
+        self.axes = axes
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Every tensor that defines this dictionary, under its name in files."""
@@ -78,7 +105,7 @@ class Stored(nn.Module, ABC):
     def file_metadata(self) -> dict[str, str] | None:
         """What the weights' header notes: the k in use, where it is not the config's."""
         scheduled = self.current_k not in (None, self.cfg.top_k)
-        return {_K: str(self.current_k)} if scheduled else None
+        return {K: str(self.current_k)} if scheduled else None
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write weights, `config.json`, provenance and their manifest, as trained (nothing folded).
@@ -86,17 +113,34 @@ class Stored(nn.Module, ABC):
         Processes that each hold a part have to call it together; each writes its own.
         """
         directory = Path(directory)
-        if self.axes.everywhere.size > 1:
-            from lm_saes.parallel.dictionaries import save_parts
+        together = self.axes.everywhere
 
-            save_parts(self, directory)  # type: ignore[arg-type]
-            return
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / MANIFEST).unlink(missing_ok=True)  # else it would contradict the new files if one fails
-        self.save_checkpoint(directory / WEIGHTS)
-        remove(directory / SHARDS)
-        self.cfg.save_hyperparameters(directory)
-        self.save_provenance(directory)
+        def begin() -> None:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / MANIFEST).unlink(missing_ok=True)  # else it would contradict the new files if one fails
+
+        def finish() -> None:
+            for name in (WEIGHTS, OLD_WEIGHTS, SHARDS):
+                if name not in kept:
+                    remove(directory / name)
+            self.cfg.save_hyperparameters(directory)
+            self.save_provenance(directory, entries)
+
+        by_first(together, begin)
+        entries = dict[str, Any]()
+        if together.size == 1:
+            kept = {WEIGHTS, OLD_WEIGHTS}
+            self.save_checkpoint(directory / WEIGHTS)
+        else:
+            kept = {SHARDS}
+            written = save_together(directory / SHARDS, together, self.write_parts)
+            entries = {f"{SHARDS}/{name}": entry for name, entry in written.items()}
+        by_first(together, finish)
+
+    def write_parts(self, folder: Path) -> list[Path]:
+        """Write this process's share of the weights into a folder; the files."""
+        own = held(self, self.full_state_dict(), self.file_dim_maps())
+        return write_parts(folder, own, self.axes, self.file_metadata)
 
     def save_provenance(self, directory: str | Path, known: Mapping[str, Any] | None = None) -> None:
         """Write `provenance.json`, if there is any, and the manifest of the dictionary's files.
@@ -117,107 +161,32 @@ class Stored(nn.Module, ABC):
             write_json(directory / PROVENANCE, self.provenance)
 
     def read_weights(self, path: str | Path) -> dict[str, Tensor]:
-        """The tensors of a dictionary's directory, as far as this process holds them.
+        """The tensors of a dictionary's directory (or of one file), as far as this process holds them.
+
+        Where there is a manifest, each file is hashed by one of the processes.
 
         Raises:
-            CheckpointError: there are none, or they cannot be read.
+            CheckpointError: in all processes, if files are not as they were saved; if there are none, or they do not
+                fit.
         """
-        if self.axes.everywhere.size == 1:
-            return load_weights(path)
-        from lm_saes.parallel.dictionaries import read_parts
-
-        return read_parts(self, Path(path))  # type: ignore[arg-type]
-
-
-def weight_files(directory: Path) -> list[str]:
-    """Names of the files in a dictionary's directory that hold weights."""
-    one = [WEIGHTS] if (directory / WEIGHTS).exists() else []
-    return one + sorted(f"{SHARDS}/{file.name}" for file in (directory / SHARDS).glob("*"))
+        path = Path(path)
+        if path.is_dir():
+            _check_together(path, self.axes.everywhere)
+        where = next((path / name for name in (WEIGHTS, OLD_WEIGHTS, SHARDS) if (path / name).exists()), path)
+        if where.name == OLD_WEIGHTS or (where == path and path.is_dir()):
+            return own_part(self, load_weights(path))
+        maps = self.file_dim_maps()
+        with Parts(where) as parts:
+            return {name: parts.read(name, cuts_of(self, maps.get(name, {}), n)) for name, n in parts.shapes.items()}
 
 
-def files_to_check(directory: Path) -> list[str]:
-    """Names of the files that weights are read from: the one, or all shards."""
-    return [WEIGHTS] if (directory / WEIGHTS).exists() else shards_to_check(directory)
-
-
-def shards_to_check(directory: Path) -> list[str]:
-    """Names of all shards of weights, those that only the manifest names too."""
-    named = listed(directory) if (directory / MANIFEST).exists() else ()
-    return sorted({name for name in [*weight_files(directory), *named] if name.startswith(f"{SHARDS}/")})
-
-
-def load_weights(directory: str | Path) -> dict[str, Tensor]:
-    """All weights in a dictionary's directory: `sae_weights.safetensors`, else `.pt` (tensors only), else `.dcp`.
-
-    Raises:
-        CheckpointError: there are none, or they cannot be read.
-    """
-    directory = Path(directory)
-    if directory.is_file():
-        return load_tensors(directory)
-    if (directory / WEIGHTS).exists():
-        check_file(directory, WEIGHTS)
-        return load_tensors(directory / WEIGHTS)
-    old = directory / OLD_WEIGHTS
-    if not old.exists() and (directory / SHARDS).exists():
-        for name in files_to_check(directory):
+def _check_together(directory: Path, axis: Axis) -> None:
+    wrong = None
+    try:
+        for name in files_to_check(directory)[axis.place :: axis.size]:
             check_file(directory, name)
-        with Parts(directory / SHARDS) as parts:
-            return {name: parts.read(name) for name in parts.shapes}
-    if not old.exists():
-        raise CheckpointError(f"{directory}: holds no {WEIGHTS}; give the directory that save_pretrained wrote")
-    try:
-        loaded: Any = torch.load(old, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(
-            f"{old}: cannot be read as plain tensors ({' '.join(str(error).split())[:200]}); what else it holds is not "
-            "loaded, as it could run code: save its tensors as safetensors where you trust it"
-        ) from error
-    loaded = loaded.get("sae", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
-        raise CheckpointError(f"{old}: does not hold named tensors")
-    return loaded
-
-
-def check_fit(
-    own: Mapping[str, Tensor], given: Mapping[str, Tensor], strict: bool, optional: Set[str] = frozenset()
-) -> None:
-    """Raise `CheckpointError` unless `given` tensors have the shapes, and with `strict` the names, of one's `own`."""
-    for name in sorted(set(own) & set(given)):
-        if given[name].shape != own[name].shape:
-            raise CheckpointError(
-                f"weights: {name} has shape {tuple(given[name].shape)}, wanted {tuple(own[name].shape)}; "
-                "does config.json belong to these weights?"
-            )
-    missing, unexpected = sorted(set(own) - set(given) - optional), sorted(set(given) - set(own))
-    if strict and (missing or unexpected):
-        raise CheckpointError(
-            f"weights: missing {missing}, unexpected {unexpected}; pass strict_loading=False to ignore"
-        )
-
-
-def read_k(directory: str | Path) -> int | None:
-    """The k that was in use when a dictionary was saved, where that was not yet its config's `top_k`."""
-    weights = Path(directory, WEIGHTS if Path(directory, WEIGHTS).exists() else SHARDS)
-    if not weights.exists():
-        return None
-    with Parts(weights) as parts:
-        k = parts.metadata.get(_K)
-    if k is not None and not (k.isascii() and k.isdigit() and int(k) > 0):
-        raise CheckpointError(f"{weights}: {_K}={k!r} is not a number of latents; save the dictionary again")
-    return None if k is None else int(k)
-
-
-def read_provenance(directory: str | Path) -> dict[str, Any] | None:
-    """What `provenance.json` says; None if there is none."""
-    file = Path(directory, PROVENANCE)
-    if not file.exists():
-        return None
-    check_file(directory, PROVENANCE)
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error}); remove it to do without") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file}: holds a {type(found).__name__}, not a table; remove it to do without")
-    return found
+    except CheckpointError as error:
+        wrong = str(error)
+    for told in exchange(axis, wrong):
+        if told is not None:
+            raise CheckpointError(told)

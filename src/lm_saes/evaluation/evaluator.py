@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from lm_saes.axes.cuts import latent_numbers
 from lm_saes.config import BaseConfig
 from lm_saes.data.batch import Batch, check_batch
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
@@ -23,7 +24,6 @@ from lm_saes.evaluation.downstream import DownstreamLoss
 from lm_saes.evaluation.examples import LatentExample, SnippetCollector
 from lm_saes.evaluation.reconstruction import ReconstructionSums
 from lm_saes.models.base import LanguageModel
-from lm_saes.parallel.sharding import latent_numbers
 from lm_saes.storage.files import write_text
 
 Evaluation: TypeAlias = dict[str, float | list[float] | list[LatentExample]]
@@ -97,7 +97,7 @@ class _Measurement:
     def __init__(self, cfg: EvalConfig, sae: AbstractSparseAutoEncoder, model: LanguageModel | None) -> None:
         self._cfg, self._sae, self._model = cfg, sae, model
         self._parameter = next(sae.parameters())
-        self._own = latent_numbers(sae)
+        self._own = latent_numbers(sae, sae.dead_shape, sae.cfg.device)
         d_sae = len(self._own) * sae.axes.latents.size
         self.n_tokens = 0
         """Valid tokens that were taken in."""

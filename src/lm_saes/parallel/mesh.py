@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lm_saes.axes.axis import ALONE, Axes, Axis
+from lm_saes.axes.cuts import DATA, HEAD, MODEL
 from lm_saes.errors import ConfigError
 from lm_saes.parallel.axis import SharedAxis
 from lm_saes.parallel.launch import join, n_started
 
-DATA, HEAD, MODEL = "data", "head", "model"
 _AXES = "lm_saes_axes"
 
 

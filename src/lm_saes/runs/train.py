@@ -16,7 +16,7 @@ from lm_saes.data.seeding import generator
 from lm_saes.data.share import SharedStream
 from lm_saes.data.stream import ActivationStream
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
-from lm_saes.dictionaries.files import weight_files
+from lm_saes.dictionaries.weight_files import weight_files
 from lm_saes.evaluation.evaluator import Evaluation, numbers, write_evaluation
 from lm_saes.initializer import Initializer
 from lm_saes.machine import keep_freed_memory

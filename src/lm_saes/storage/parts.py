@@ -7,7 +7,6 @@ tensor that part begins.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -21,38 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lm_saes.axes.axis import Axes, Axis
+from lm_saes.axes.axis import Axes
+from lm_saes.axes.cuts import Cut, Held
 from lm_saes.errors import CheckpointError
 from lm_saes.storage.tensors import save_tensors
 
 _BEGINS, _BEGIN = "DCP_SHARDING_INFO", "saved_offsets"
 """Where the headers of torch's distributed checkpoint say where parts begin."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a tensor is cut along an axis: every run of a dimension evenly."""
-
-    dim: int
-    runs: tuple[int, ...]
-    """Lengths of the runs, which follow each other, in the whole tensor."""
-    axis: Axis
-
-    def spans(self) -> list[tuple[int, int]]:
-        """Beginning and length, in the whole dimension, of the stretches that are this process's part."""
-        place, n = self.axis.place, self.axis.size
-        if n == 1:
-            return [(0, sum(self.runs))]
-        begins = itertools.accumulate(self.runs, initial=0)
-        return [(begin + place * (run // n), run // n) for begin, run in zip(begins, self.runs, strict=False)]
-
-    def part(self, whole: Tensor) -> Tensor:
-        """This process's part of a tensor."""
-        return torch.cat([whole.narrow(self.dim, begin, length) for begin, length in self.spans()], self.dim)
-
-
-Held = tuple[Tensor, tuple[Cut, ...]]
-"""What a process holds of a tensor, and how that is cut from the whole (not at all: it is the whole)."""
 
 
 def write_parts(

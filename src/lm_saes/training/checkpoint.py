@@ -19,7 +19,7 @@ from torch import Tensor
 from lm_saes.axes.axis import ALONE, Axis
 from lm_saes.axes.together import by_first, exchange
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
-from lm_saes.dictionaries.files import WEIGHTS, load_weights
+from lm_saes.dictionaries.weight_files import WEIGHTS, load_weights
 from lm_saes.errors import CheckpointError
 from lm_saes.storage.drafts import save_together
 from lm_saes.storage.files import drafted, remove

@@ -12,11 +12,10 @@ from pathlib import Path
 from torch import Tensor
 
 from lm_saes.axes.axis import Axis
+from lm_saes.axes.cuts import OF_LATENTS, Cut, Held, cuts_of, held
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
-from lm_saes.dictionaries.files import SHARDS, WEIGHTS
-from lm_saes.parallel.dictionaries import write_weights
-from lm_saes.parallel.sharding import OF_LATENTS, cuts_of, held
-from lm_saes.storage.parts import Cut, Held, Parts, write_parts
+from lm_saes.dictionaries.weight_files import SHARDS, WEIGHTS
+from lm_saes.storage.parts import Parts, write_parts
 from lm_saes.training.board import Board
 
 RNG = "rng.cpu"
@@ -40,7 +39,7 @@ def write_own(
         else:
             rows[name] = tensor[None], (Cut(0, (axis.size,), axis),)
     return [
-        *write_weights(sae, draft / SHARDS),
+        *sae.write_parts(draft / SHARDS),
         *write_parts(draft / "optimizer.dcp", held(sae, moments, _maps_of(moments, sae)), sae.axes),
         *write_parts(draft / "state.dcp", rows | held(sae, by_latent, dict.fromkeys(by_latent, OF_LATENTS)), sae.axes),
     ]

@@ -16,7 +16,7 @@ from lm_saes.axes.together import by_first
 from lm_saes.config import LENIENT, describe
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
-from lm_saes.dictionaries.files import SHARDS, WEIGHTS
+from lm_saes.dictionaries.weight_files import SHARDS, WEIGHTS
 from lm_saes.errors import CheckpointError, ConfigError
 from lm_saes.training import checkpoint
 from lm_saes.training.config import TrainerConfig

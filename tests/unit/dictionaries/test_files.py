@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from lm_saes.axes.axis import Axes, Axis
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
-from lm_saes.dictionaries.files import save_tensors
 from lm_saes.dictionaries.sae import SparseAutoEncoder
 from lm_saes.errors import CheckpointError, ConfigError
+from lm_saes.storage.tensors import save_tensors
 
 from .twin import IN, OUT, THETA, assert_same, random_batch, random_sae, sae_config
 
@@ -130,7 +130,7 @@ def test_what_is_no_device_mesh_is_refused() -> None:
 def test_heads_are_a_crosscoders(monkeypatch: pytest.MonkeyPatch) -> None:
     axis = Axis()
     axis.size = 2
-    monkeypatch.setattr("lm_saes.parallel.sharding.axes_of", lambda mesh: Axes(sites=axis, everywhere=axis))
+    monkeypatch.setattr("lm_saes.parallel.mesh.axes_of", lambda mesh: Axes(sites=axis, everywhere=axis))
     with pytest.raises(ConfigError, match=r"^device_mesh: sae_type='sae' has no heads to cut; only a crosscoder has$"):
         SparseAutoEncoder.from_config(sae_config(), device_mesh=object())
 

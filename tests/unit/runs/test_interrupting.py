@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from lm_saes.errors import Interrupted
-from lm_saes.storage.verify import verify
 from lm_saes.training.checkpoint import saved_steps
 from lm_saes.training.signals import stopping
+from lm_saes.training.verify import verify
 
 from ...kills import ROOT, assert_same, make_cache, settings
 

@@ -13,8 +13,8 @@ import torch
 from lm_saes import Initializer, InitializerConfig, SAEConfig, SparseAutoEncoder, Trainer, TrainerConfig
 from lm_saes.errors import CheckpointError
 from lm_saes.storage.manifest import MANIFEST, check_file, problems, write_manifest
-from lm_saes.storage.verify import verify
 from lm_saes.training.checkpoint import find_checkpoint, saved_steps
+from lm_saes.training.verify import verify
 
 HOOK = "blocks.0.hook_resid_post"
 

@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lm_saes import SparseAutoEncoder, Trainer, TrainerConfig
-from lm_saes.dictionaries.files import save_tensors
 from lm_saes.errors import CheckpointError
 from lm_saes.storage.manifest import problems
+from lm_saes.storage.tensors import save_tensors
 from lm_saes.training import checkpoint, resume
 from lm_saes.training.checkpoint import all_steps, saved_steps
 from lm_saes.training.resume import MAY_CHANGE

@@ -13,7 +13,15 @@ from safetensors.torch import save
 
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
 from lm_saes.dictionaries.config import BaseSAEConfig
-from lm_saes.dictionaries.files import CONFIG, OPTIONAL_KEYS, PROVENANCE, SHARDS, WEIGHTS, check_fit, shards_to_check
+from lm_saes.dictionaries.weight_files import (
+    CONFIG,
+    OPTIONAL_KEYS,
+    PROVENANCE,
+    SHARDS,
+    WEIGHTS,
+    check_fit,
+    shards_to_check,
+)
 from lm_saes.errors import CheckpointError, ConfigError
 from lm_saes.storage.files import drafted
 from lm_saes.storage.manifest import MANIFEST, check_file, listed, write_manifest

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from lm_saes import SAEConfig, SparseAutoEncoder
 from lm_saes.axes.axis import Axes, Axis
+from lm_saes.axes.cuts import held
+from lm_saes.dictionaries.merge import boxes, export
 from lm_saes.errors import CheckpointError, ConfigError
-from lm_saes.parallel.sharding import held
 from lm_saes.storage.manifest import problems
-from lm_saes.storage.merge import boxes, export
 from lm_saes.storage.parts import write_parts
 
 MIB = 2**20
@@ -104,7 +104,7 @@ def measure(directory: str) -> None:
 def test_memory_for_a_block_is_enough(tmp_path: Path) -> None:
     save_in_parts(dictionary(512, 16384), tmp_path)  # two matrices of 32 MiB
     done = subprocess.run(
-        [sys.executable, "-c", f"from tests.unit.storage.test_merge import measure; measure({str(tmp_path)!r})"],
+        [sys.executable, "-c", f"from tests.unit.dictionaries.test_merge import measure; measure({str(tmp_path)!r})"],
         cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True,
     )  # fmt: skip
     exporting, loading = map(int, done.stdout.split())
