@@ -1,1 +1,1 @@
-"""Runs over many processes: the mesh, the axes along which it cuts, and what is cut."""
+"""Runs over many processes: launching, the mesh, and the axes along which it cuts."""
