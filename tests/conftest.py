@@ -72,6 +72,7 @@ def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_saes.latents.activations import ActivationFunction
     from lm_saes.losses.sparsity import SparsityLoss
     from lm_saes.metrics import Metric
+    from lm_saes.models import hook_points
     from lm_saes.runs.settings import TrainSettings
     from lm_saes.training.loggers import LoggerConfig
     from lm_saes.training.optimizers import OptimizerChoice
@@ -79,6 +80,7 @@ def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
 
     BaseSAEConfig.kind("sae")  # imports all kinds, which stay
     registries = [
+        (hook_points, "LAYOUTS"),
         (ActivationFunction, "registry"),
         (AbstractSparseAutoEncoder, "kinds"),
         (BaseSAEConfig, "registry"),

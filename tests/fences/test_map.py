@@ -8,8 +8,8 @@ PACKAGE = ROOT / "src" / "lm_saes"
 MAP = ROOT / "docs" / "MAP.md"
 HEAD = """# Map
 
-Every file of the package with the first line of its docstring; the rooms lie as `tests/fences/test_floors.py` says, files
-import from their own floor and from those below. Written by `python -m tests.fences.test_map`.
+Every file of the package with the first line of its docstring. Files import from their own floor and from those below
+(`tests/fences/test_floors.py`). Written by `python -m tests.fences.test_map`.
 """
 
 

@@ -17,7 +17,7 @@ Any other module's output is reached by the module's own path, as in `model.laye
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -84,7 +84,7 @@ _GEMMA = Layout(
     attn_projection="self_attn.o_proj",
     norm_weight_offset=1.0,
 )
-LAYOUTS: Mapping[str, Layout] = {
+LAYOUTS: dict[str, Layout] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
