@@ -19,7 +19,6 @@ from torch import Tensor
 from lm_saes.axes.axis import ALONE, Axis
 from lm_saes.axes.together import by_first, exchange
 from lm_saes.dictionaries.base import AbstractSparseAutoEncoder
-from lm_saes.dictionaries.weight_files import WEIGHTS, load_weights
 from lm_saes.errors import CheckpointError
 from lm_saes.storage.drafts import save_together
 from lm_saes.storage.files import drafted, remove
@@ -166,11 +165,7 @@ def read_tensors(path: Path, sae: AbstractSparseAutoEncoder, board: Board, optim
     Raises:
         CheckpointError: the checkpoint cannot be read or is another dictionary's.
     """
-    if sae.axes.everywhere.size == 1 and (path / WEIGHTS).exists():
-        weights = load_weights(path / WEIGHTS)
-        state, moments = (load_tensors(path / f"{name}.safetensors") for name in ("state", "optimizer"))
-    else:
-        weights, state, moments = checkpoint_parts.read_own(path, sae, board)
+    weights, state, moments = checkpoint_parts.read_own(path, sae, board)
     sae.load_full_state_dict(weights)
     try:
         torch.set_rng_state(state.pop(RNG))
