@@ -1,4 +1,4 @@
-"""Settings that belong to whoever reads them.
+"""Settings that choose a class (a loss, schedule, optimizer, logger) and take in the settings of what is chosen.
 
 A *choice* is one of several classes that a setting names: a sparsity loss, a rate schedule, an optimizer. Its fields
 are the settings that it reads, with type, default and help beside the code that uses them; defining the class registers

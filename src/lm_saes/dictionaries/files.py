@@ -1,4 +1,4 @@
-"""Dictionary files: `sae_weights.safetensors` and `config.json`; old weights in `.pt` are read as tensors only.
+"""Saving and loading of dictionaries: named tensors, `save_pretrained`, what each process writes and reads.
 
 A dictionary whose parts many processes hold has `sae_weights.dcp/` instead of the one file.
 `manifest.json` holds their sizes and hashes, `provenance.json` where the dictionary comes from; both may be absent. A k

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lm_saes.dictionaries.activation import Selecting
 from lm_saes.dictionaries.normalization import Normalizing
 from lm_saes.dictionaries.rows import flat_mask
-from lm_saes.dictionaries.selection import Selecting
 from lm_saes.latents.codes import Code
 from lm_saes.latents.record import Record
 

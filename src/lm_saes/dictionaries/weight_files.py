@@ -1,4 +1,4 @@
-"""The files of a dictionary: which there are, and what they hold; old weights in `.pt` are read as tensors only."""
+"""The names of a dictionary's files, and reading and checking them; old `.pt` weights are read as tensors only."""
 
 from __future__ import annotations
 

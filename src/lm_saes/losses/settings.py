@@ -1,4 +1,4 @@
-"""The weights and shapes of the loss terms at one step."""
+"""The weights and shapes of the loss terms at one step; each term is in its own file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run works with, once its dictionary and the size of its first batch are known."""
+"""What a run works with: dictionary, plan, optimizer, measurements, faults; once the first batch is known."""
 
 from __future__ import annotations
 

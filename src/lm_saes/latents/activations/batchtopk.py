@@ -1,4 +1,4 @@
-"""BatchTopK and BatchLayerTopK: so many latents a token on average over a batch.
+"""BatchTopK and BatchLayerTopK: the rule that so many latents a token are active on average over a batch.
 
 Letters: B rows, F latents, P pools.
 """

@@ -1,4 +1,4 @@
-"""TopK and LayerTopK: so many latents of each token."""
+"""TopK and LayerTopK: the rule that so many latents of each token are active; `selection/` finds them."""
 
 from __future__ import annotations
 

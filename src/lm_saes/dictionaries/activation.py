@@ -1,4 +1,4 @@
-"""The part of a dictionary that selects latents: its activation function, k, thresholds, gating by norms."""
+"""A dictionary's activation function: its k, thresholds and gating by norms; `latents/selection` finds the latents."""
 
 from __future__ import annotations
 
