@@ -158,6 +158,8 @@ class Parts:
         """The entries of a tensor from `begin` on, `size` of them in each dimension."""
         if not begin:
             return self._parts[name][0].file.get_tensor(name).clone()
+        if self._parts[name][0].shape == self.shapes[name] == tuple(size):  # mapped, not copied
+            return self._parts[name][0].file.get_tensor(name)
         out = torch.zeros(tuple(size), dtype=self.dtype(name))
         for part in self._parts[name]:
             low = [max(pair) for pair in zip(begin, part.begin, strict=True)]
